@@ -1,0 +1,232 @@
+r"""The paper, line by line, for one matrix: the oracle that every faster path is tested against.
+
+"Taming Momentum: Rethinking Optimizer States Through Low-Rank Approximation" (arXiv 2602.24283).
+One function is one formula; nothing is batched, fused, guarded or cached, and any floating dtype works
+(use float64 to judge others). Nothing in the library calls this module.
+
+The equations, as this project numbers them (in brackets: their place in the paper):
+
+====  =======================================================================================  ==============
+(1)   :math:`m_B \leftarrow (1-\gamma)\, m_B + \gamma\, G m_A^T (m_A m_A^T + \delta I)^{-1}`     (Theorem 3.1)
+(2)   :math:`m_A \leftarrow (1-\gamma)\, m_A + \gamma\, (m_B^T m_B + \delta I)^{-1} m_B^T G`     (Theorem 3.1)
+(3)   :math:`\gamma_1 = 1 - \beta_1^{1/2}, \quad \gamma_2 = 1 - \beta_2^{1/4}`                    (Appendix B.1)
+(4)   :math:`m_t = \beta_1\, m_B m_A + (1-\beta_1)\, G`                                         (Algorithm 1)
+(5)   :math:`v_t = \beta_2\, (v_B v_A)^{\circ 2} + (1-\beta_2)\, G^{\circ 2}`                    (Algorithm 1)
+(6)   :math:`\hat m = m_t / (1-\beta_1^t), \quad \hat v = v_t / (1-\beta_2^t)`                  (Algorithm 1)
+(7)   :math:`W \leftarrow W - \eta\, (s\, \hat m / (\sqrt{\hat v} + \epsilon) + \lambda W)`      (Algorithm 1)
+(8)   :math:`m_t = \mu\, m_B m_A + G`                                                           (Algorithm 2)
+(9)   (1), (2) with the target's weight :math:`\gamma` replaced by                              (Algorithm 2)
+      :math:`(1-\sqrt\mu)/(1-\mu)` and the factor's by :math:`\sqrt\mu`
+(10)  :math:`W \leftarrow W - \eta\, s(p, q)\, \mathrm{NewtonSchulz}_5(m_t)`                     (Algorithm 2)
+====  =======================================================================================  ==============
+
+Shapes throughout: ``W``, ``G`` are (p, q); the left factors ``m_B``, ``v_B`` are (p, r); the right factors
+``m_A``, ``v_A`` are (r, q).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+#: Polynomial of the quintic Newton-Schulz iteration of Muon (also torch.optim.Muon's default).
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def first_moment_rate(beta1: float) -> float:
+    """Equation (3): the rate of each factor of m. Two factors share one decay, hence the square root."""
+    return 1.0 - math.sqrt(beta1)
+
+
+def second_moment_rate(beta2: float) -> float:
+    """Equation (3): the rate of each factor of sqrt(v). The square doubles the decay, hence the fourth root."""
+    return float(1.0 - beta2**0.25)
+
+
+def damped_gram(gram: Tensor, damping: float, damping_mode: Literal["absolute", "relative"] = "absolute") -> Tensor:
+    """The matrix that Theorem 3.1 inverts, made invertible (Appendix C.1).
+
+    ``absolute`` adds ``damping * I``, as in the paper. ``relative`` adds ``damping * mean(diag(gram)) * I``,
+    which leaves the step invariant to the gradient's scale; a zero ``gram`` becomes ``I``.
+    """
+    if damping_mode == "absolute":
+        shift = damping
+    else:
+        mean_diagonal = gram.diagonal().mean().item()
+        shift = damping * mean_diagonal if mean_diagonal > 0 else 1.0
+    return gram + shift * torch.eye(gram.shape[0], dtype=gram.dtype)
+
+
+def left_target(A: Tensor, G: Tensor, damping: float, damping_mode: Literal["absolute", "relative"]) -> Tensor:
+    """The least-squares left factor for a fixed right one, G A^T (A A^T)^-1: (p, r), in equation (1)."""
+    gram = damped_gram(A @ A.T, damping, damping_mode)
+    target: Tensor = torch.linalg.solve(gram, A @ G.T).T  # the Gram matrix is symmetric
+    return target
+
+
+def right_target(B: Tensor, G: Tensor, damping: float, damping_mode: Literal["absolute", "relative"]) -> Tensor:
+    """The least-squares right factor for a fixed left one, (B^T B)^-1 B^T G: (r, q), in equation (2)."""
+    gram = damped_gram(B.T @ B, damping, damping_mode)
+    target: Tensor = torch.linalg.solve(gram, B.T @ G)
+    return target
+
+
+def advance_factors(
+    B: Tensor,
+    A: Tensor,
+    G: Tensor,
+    *,
+    keep: float,
+    gain: float,
+    damping: float,
+    damping_mode: Literal["absolute", "relative"],
+) -> tuple[Tensor, Tensor]:
+    """Equations (1) and (2), simultaneously: both right-hand sides read the old factors.
+
+    ``keep`` is the weight of the old factor and ``gain`` that of its least-squares target: ``1 - gamma`` and
+    ``gamma`` for Adam, equation (9) for Muon.
+    """
+    new_B = keep * B + gain * left_target(A, G, damping, damping_mode)
+    new_A = keep * A + gain * right_target(B, G, damping, damping_mode)
+    return new_B, new_A
+
+
+def first_moment(m_B: Tensor, m_A: Tensor, G: Tensor, beta1: float) -> Tensor:
+    """Equation (4): (p, q), from the factors of step t - 1."""
+    return beta1 * (m_B @ m_A) + (1 - beta1) * G
+
+
+def second_moment(v_B: Tensor, v_A: Tensor, G: Tensor, beta2: float) -> Tensor:
+    """Equation (5): (p, q), element-wise squares, from the factors of step t - 1."""
+    return beta2 * (v_B @ v_A) ** 2 + (1 - beta2) * G**2
+
+
+def first_moment_correction(beta1: float, step: int) -> float:
+    """Equation (6). Exact as well as the paper's: m_B m_A approaches a constant gradient like an EMA does."""
+    return 1 - beta1**step
+
+
+def second_moment_correction(beta2: float, step: int, mode: Literal["paper", "exact"]) -> float:
+    """The divisor of v_t: equation (6) for ``paper``; for ``exact`` the share of v that has really arrived.
+
+    v_B v_A reaches (1 - beta2^((t-1)/2)) E|g| when it enters step t, and is squared; 1 - beta2^t is what an
+    EMA of g^2 would have reached, and makes v too small by a factor of 4 at t = 10 for beta2 = 0.95.
+    """
+    if mode == "paper":
+        return 1 - beta2**step
+    return float(beta2 * (1 - beta2 ** ((step - 1) / 2)) ** 2 + (1 - beta2))
+
+
+@dataclass
+class AdamState:
+    """What Algorithm 1 remembers of one matrix. ``v`` (p, q) is set where the second moment is kept in full."""
+
+    m_B: Tensor  # (p, r)
+    m_A: Tensor  # (r, q)
+    v_B: Tensor | None = None  # (p, r)
+    v_A: Tensor | None = None  # (r, q)
+    v: Tensor | None = None  # (p, q)
+    step: int = 0
+
+
+def lorapre_adam_step(
+    W: Tensor,
+    G: Tensor,
+    state: AdamState,
+    *,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.95,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    scale: float = 1.0,
+    damping: float = 1e-6,
+    damping_mode: Literal["absolute", "relative"] = "absolute",
+    bias_correction: Literal["paper", "exact"] = "paper",
+) -> Tensor:
+    """Algorithm 1, equations (1) to (7), with the defaults of the paper. Returns the new W; advances ``state``.
+
+    Where ``state.v`` is given, the second moment is Adam's own, in full, and only the first is factored.
+    """
+    state.step += 1
+    m = first_moment(state.m_B, state.m_A, G, beta1)
+    if state.v is not None:
+        state.v = beta2 * state.v + (1 - beta2) * G**2
+        v = state.v
+        v_hat = v / (1 - beta2**state.step)
+    else:
+        assert state.v_B is not None
+        assert state.v_A is not None
+        v = second_moment(state.v_B, state.v_A, G, beta2)
+        v_hat = v / second_moment_correction(beta2, state.step, bias_correction)
+        gamma2 = second_moment_rate(beta2)
+        state.v_B, state.v_A = advance_factors(
+            state.v_B,
+            state.v_A,
+            G.abs(),
+            keep=1 - gamma2,
+            gain=gamma2,
+            damping=damping,
+            damping_mode=damping_mode,
+        )
+    gamma1 = first_moment_rate(beta1)
+    state.m_B, state.m_A = advance_factors(
+        state.m_B,
+        state.m_A,
+        G,
+        keep=1 - gamma1,
+        gain=gamma1,
+        damping=damping,
+        damping_mode=damping_mode,
+    )
+    m_hat = m / first_moment_correction(beta1, state.step)
+    return W - lr * (scale * m_hat / (v_hat.sqrt() + eps) + weight_decay * W)
+
+
+def newton_schulz(M: Tensor, steps: int = 5) -> Tensor:
+    """The quintic iteration of Muon: (p, q) to (p, q), singular values pushed towards 1."""
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    X = M.T if M.shape[0] > M.shape[1] else M
+    X = X / X.norm().clamp(min=1e-7)
+    for _ in range(steps):
+        S = X @ X.T
+        X = a * X + (b * S + c * S @ S) @ X
+    result: Tensor = X.T if M.shape[0] > M.shape[1] else X
+    return result
+
+
+def lorapre_muon_step(
+    W: Tensor,
+    G: Tensor,
+    m_B: Tensor,
+    m_A: Tensor,
+    *,
+    lr: float,
+    mu: float = 0.95,
+    weight_decay: float = 0.0,
+    shape_scale: Literal["original", "match_rms_adamw"] = "original",
+    damping: float = 1e-6,
+    damping_mode: Literal["absolute", "relative"] = "absolute",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Algorithm 2, equations (8) to (10). Returns the new (W, m_B, m_A).
+
+    ``shape_scale`` names the two usual factors s(p, q) as torch.optim.Muon does: sqrt(max(1, p/q)) and
+    0.2 sqrt(max(p, q)).
+    """
+    p, q = W.shape
+    m = mu * (m_B @ m_A) + G
+    new_B, new_A = advance_factors(
+        m_B,
+        m_A,
+        G,
+        keep=math.sqrt(mu),
+        gain=(1 - math.sqrt(mu)) / (1 - mu),
+        damping=damping,
+        damping_mode=damping_mode,
+    )
+    s = math.sqrt(max(1.0, p / q)) if shape_scale == "original" else 0.2 * math.sqrt(max(p, q))
+    return W * (1 - lr * weight_decay) - lr * s * newton_schulz(m), new_B, new_A
