@@ -121,7 +121,10 @@ def advance(
     if mode == "relative":
         # Zero gradients (an expert that no token reaches) shrink both factors until float32 has no more of
         # them, and a pair of zeros never learns again. Only the product means anything: move the size over.
-        gauge = torch.where((A_size < _VANISHING) & (A_size > 0), A_size.rsqrt(), 1.0).to(G.dtype)
+        vanishing = (A_size < _VANISHING) & (A_size > 0)
+        if isinstance(rate, Tensor):  # a step that is left out changes nothing
+            vanishing &= rate > 0
+        gauge = torch.where(vanishing, A_size.rsqrt(), 1.0).to(G.dtype)
         new_B, new_A = new_B / gauge, new_A * gauge
     return new_B, new_A
 

@@ -60,10 +60,11 @@ def estimate_memory(
     if rank is not None:
         options["rank"] = rank
     summary = LoRAPreAdamW(groups, **options).summary()
-    weights = sum(param.numel() * param.element_size() for param in params)
+    gradients = sum(param.numel() * param.element_size() for param in params)
+    every = model.parameters() if isinstance(model, nn.Module) else params  # frozen ones are weights too
     return MemoryEstimate(
-        weights=weights,
-        gradients=weights,
+        weights=sum(param.numel() * param.element_size() for param in every),
+        gradients=gradients,
         state=summary.state_bytes,
         adamw_state=summary.adamw_bytes,
         scratch=_scratch_bytes(params, summary.rows),

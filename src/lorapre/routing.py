@@ -58,9 +58,7 @@ def resolve_rank(rank: int | float, p: int, q: int) -> int:
     return rank if isinstance(rank, int) else max(1, int(rank * min(p, q)))
 
 
-def matrix_view(
-    shape: torch.Size | tuple[int, ...], rank: int | float, view_3d: View3D = "stack"
-) -> MatrixView | None:
+def matrix_view(shape: torch.Size | tuple[int, ...], rank: int | float, view_3d: View3D = "stack") -> MatrixView | None:
     """How a parameter of ``shape`` is compressed at ``rank``; None if it is dense.
 
     Two dimensions are a matrix. Three are a stack of matrices (the experts of a mixture), or, with
@@ -102,9 +100,7 @@ def refuse_unsupported(param: Tensor, label: str) -> None:
             "Train with DDP instead."
         )
     if hasattr(param, "ds_id"):
-        raise TypeError(
-            f"{label} is partitioned by DeepSpeed ZeRO-3, which flattens matrices. Train with DDP instead."
-        )
+        raise TypeError(f"{label} is partitioned by DeepSpeed ZeRO-3, which flattens matrices. Train with DDP instead.")
     if type(param).__name__ == "DTensor" or type(param.data).__name__ == "DTensor":
         raise TypeError(
             f"{label} is a DTensor (FSDP2 or tensor parallelism), which this version cannot update. "

@@ -167,6 +167,8 @@ def _lorapre_adamw_piece(
     denominator = v.div_(v_correction).sqrt_().add_(hyper.eps)
     step_size = on * hyper.lr * hyper.scale / factors.first_moment_correction(hyper.beta1, step)
     m.div_(denominator).mul_(-step_size)
+    if enabled is not None:
+        m.masked_fill_(~enabled, 0.0)  # 0 / 0 where eps is 0, which no factor of 0 repairs
     _apply(bucket.params, m, 1.0 - on * hyper.lr * hyper.weight_decay, scratch=denominator)
 
 

@@ -95,7 +95,7 @@ second_moment_correction`), "paper" by 1 - beta2^t. They differ for a factored v
                 "seed": seed,
                 "maximize": maximize,
                 "capturable": capturable,
-                "nonfinite": nonfinite or ("skip" if capturable else "raise"),
+                "nonfinite": nonfinite,
             },
         )
 
@@ -112,9 +112,7 @@ second_moment_correction`), "paper" by 1 - beta2^t. They differ for a factored v
         check_choice("bias_correction", group["bias_correction"], ("paper", "exact"))
         check_choice("second_moment", group["second_moment"], ("hadamard", "full"))
 
-    def _init_param_state(
-        self, param: Tensor, view: MatrixView | None, group: Group, key: str
-    ) -> dict[str, Tensor]:
+    def _init_param_state(self, param: Tensor, view: MatrixView | None, group: Group, key: str) -> dict[str, Tensor]:
         if view is None:
             return self._init_dense_state(param, group)
         dtype, device = self._state_dtype(param, group), param.device
@@ -150,7 +148,7 @@ second_moment_correction`), "paper" by 1 - beta2^t. They differ for a factored v
         Raises:
             RuntimeError: a gradient is sparse, or not finite (see ``nonfinite``); nothing has changed then.
         """
-        self._cuda_graph_capture_health_check()
+        self._check_graph_capture()
         loss = cast("float | None", run_closure(closure))
         enabled = self._check_gradients()
         if enabled is False:
@@ -215,12 +213,16 @@ second_moment_correction`), "paper" by 1 - beta2^t. They differ for a factored v
             for param, average in zip(params, averages, strict=True)
         ]
 
+        capturable = group["capturable"]
+        fused = True if capturable else group.get("fused")
+
         def widened(tensors: list[Tensor]) -> list[Tensor]:
-            return [tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+            wide = [tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+            # torch's fused CPU kernel walks through memory without a look at the strides.
+            return [tensor.contiguous() for tensor in wide] if fused else wide
 
         wide_params, wide_averages, wide_squares = widened(params), widened(averages), widened(squares)
         beta1, beta2 = group["betas"]
-        capturable = group["capturable"]
         adamw(
             wide_params,
             widened(grads),
@@ -229,9 +231,9 @@ second_moment_correction`), "paper" by 1 - beta2^t. They differ for a factored v
             [],
             [state["step"] for state in states],
             # torchtitan and others put these two keys into every group; they choose torch's implementation.
-            # Only the fused one can leave a step out on the device.
-            foreach=None if capturable else group.get("foreach"),
-            fused=True if capturable else group.get("fused"),
+            # Only the fused one can leave a step out on the device, and the foreach one takes no tensor lr.
+            foreach=None if capturable or isinstance(group["lr"], Tensor) else group.get("foreach"),
+            fused=fused,
             capturable=capturable,
             found_inf=None if mask is None else 1.0 - mask.to(torch.float32),
             amsgrad=False,
@@ -265,7 +267,7 @@ def _hyperparameters(group: Group, device: torch.device) -> eager.AdamHyperparam
     lr = group["lr"]
     if isinstance(lr, Tensor):
         # Only a captured step may not read the value: it must follow the tensor when the graph is replayed.
-        lr = lr.to(device) if group["capturable"] else lr.item()
+        lr = lr.to(device).reshape(()) if group["capturable"] else lr.item()
     beta1, beta2 = group["betas"]
     return eager.AdamHyperparameters(
         lr=lr,

@@ -6,6 +6,7 @@ with ``torch.load(weights_only=True)``, and no fake first step for distributed c
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,8 +34,7 @@ class _AsSaved:
 
 def _protect_state(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     protected = {
-        index: {key: _AsSaved(value) for key, value in state.items()}
-        for index, state in state_dict["state"].items()
+        index: {key: _AsSaved(value) for key, value in state.items()} for index, state in state_dict["state"].items()
     }
     return {**state_dict, "state": protected}
 
@@ -52,16 +52,14 @@ class FactoredOptimizer(Optimizer):
 
     # What a subclass provides.
 
-    def _init_param_state(
-        self, param: Tensor, view: MatrixView | None, group: Group, key: str
-    ) -> dict[str, Tensor]:
+    def _init_param_state(self, param: Tensor, view: MatrixView | None, group: Group, key: str) -> dict[str, Tensor]:
         """The fresh state of one parameter; ``view`` is None for a dense one, ``key`` seeds random factors."""
         raise NotImplementedError
 
     def _check_group(self, group: Group) -> None:
         """Raise ``ValueError`` for an option that is out of range."""
         _check_lr(group["lr"], group["capturable"])
-        for name in ("eps", "weight_decay"):
+        for name in ("eps", "weight_decay", "scale"):
             if not group[name] >= 0:
                 raise ValueError(f"Invalid {name} value: {group[name]}. It must be at least 0.")
         check_rank(group["rank"])
@@ -72,18 +70,19 @@ class FactoredOptimizer(Optimizer):
             )
         check_choice("damping_mode", group["damping_mode"], ("absolute", "relative"))
         check_choice("view_3d", group["view_3d"], ("stack", "flatten"))
-        check_choice("nonfinite", group["nonfinite"], ("raise", "skip"))
+        check_choice("nonfinite", group["nonfinite"], ("raise", "skip", None))
         if group["capturable"] and group["nonfinite"] == "raise":
             raise ValueError(
                 "nonfinite='raise' cannot work with capturable=True: a CUDA graph does not wait for the host. Use "
                 "nonfinite='skip', or leave it out."
             )
-        if not isinstance(group["seed"], int):
+        if not isinstance(group["seed"], int) or isinstance(group["seed"], bool):
             raise ValueError(f"Invalid seed value: {group['seed']!r}. It must be an integer.")
         dtype = group["state_dtype"]
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(
-                f"Invalid state_dtype: {dtype!r}. Give a floating torch.dtype, or None for at least float32."
+                f"Invalid state_dtype: {dtype!r}. Give a floating torch.dtype of 16 to 64 bits, or None for at "
+                "least float32."
             )
 
     # Routing.
@@ -114,12 +113,15 @@ class FactoredOptimizer(Optimizer):
             return
         count = sum(len(group["params"]) for group in self.param_groups)
         ranks = sorted({group["rank"] for group in self.param_groups if group["compress"]})
+        frame, level = inspect.currentframe(), 1  # blame the first caller outside this package
+        while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "lorapre":
+            frame, level = frame.f_back, level + 1
         warnings.warn(
             f"{type(self).__name__} compresses nothing: none of its {count} parameters is a matrix whose smaller "
             f"side exceeds the rank ({', '.join(map(str, ranks)) or 'no group is to be compressed'}). All of "
             "them are updated by plain AdamW. Give a smaller rank, or pass the model's matrices.",
             UserWarning,
-            stacklevel=4,
+            stacklevel=level,
         )
 
     # State.
@@ -188,9 +190,7 @@ class FactoredOptimizer(Optimizer):
                 state["state"][param] = self._restore_param_state(param, group, loaded, label)
         super().__setstate__(state)
 
-    def _restore_param_state(
-        self, param: Tensor, group: Group, loaded: dict[str, Any], label: str
-    ) -> dict[str, Any]:
+    def _restore_param_state(self, param: Tensor, group: Group, loaded: dict[str, Any], label: str) -> dict[str, Any]:
         expected = self._init_param_state(param.to("meta"), self._view(param, group), group, label)
         missing = sorted(expected.keys() - loaded.keys())
         if missing:
@@ -217,6 +217,17 @@ class FactoredOptimizer(Optimizer):
         return restored
 
     # Gradients.
+
+    def _check_graph_capture(self) -> None:
+        """Raise ``RuntimeError`` inside a CUDA graph capture unless every group is ``capturable``."""
+        if all(group["capturable"] for group in self.param_groups):
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}.step() is being captured in a CUDA graph, but was built with "
+                "capturable=False: its step counters are on the CPU and would stand still in the graph. Build it "
+                "with capturable=True."
+            )
 
     def _labels_with_grad(self) -> Iterator[tuple[str, Tensor, Group]]:
         for group in self.param_groups:
@@ -252,7 +263,7 @@ class FactoredOptimizer(Optimizer):
             if param.grad is None or bool(param.grad.isfinite().all()):
                 continue
             message = f"the gradient of parameter {label!r} holds inf or nan"
-            if group["nonfinite"] == "raise":
+            if (group["nonfinite"] or ("skip" if group["capturable"] else "raise")) == "raise":
                 raise RuntimeError(
                     f"{type(self).__name__}: {message}. Nothing was changed. Look for the overflow, clip, or use "
                     "nonfinite='skip' to leave such steps out."
@@ -279,7 +290,7 @@ def all_finite(tensors: list[Tensor]) -> Tensor:
     return torch.stack([norm.to(device, widest) for norm in norms]).isfinite().all()
 
 
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``allowed``."""
     if value not in allowed:
         raise ValueError(f"Invalid {name}: {value!r}. Choose one of {', '.join(map(repr, allowed))}.")
@@ -287,6 +298,8 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def check_betas(betas: tuple[float, float]) -> None:
     """Raise ``ValueError`` unless both decay rates lie in [0, 1), worded as torch.optim words it."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"Invalid betas: {betas!r}. Give a pair, such as (0.9, 0.95).")
     for index, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}. It must be in [0, 1).")

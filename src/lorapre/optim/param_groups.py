@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -81,7 +82,12 @@ def _embeddings_and_head(model: nn.Module) -> list[Tensor]:
     head = _declared_head(model)
     if head is None:
         linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        rows = {module.num_embeddings for module in embeddings}
+        # A hidden layer may well be as wide as there are positions.
+        rows = {
+            module.num_embeddings
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and not re.search(r"(^|[._])(pos|wpe)", name)
+        }
         if linears and linears[-1].out_features in rows:
             head = linears[-1]
     if head is not None:

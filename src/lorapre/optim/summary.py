@@ -97,9 +97,7 @@ def tensor_bytes(state: dict[str, Any]) -> int:
     return sum(value.numel() * value.element_size() for value in state.values() if isinstance(value, Tensor))
 
 
-def summarize(
-    optimizer: Optimizer, view_of: Callable[[Tensor, dict[str, Any]], MatrixView | None]
-) -> OptimizerSummary:
+def summarize(optimizer: Optimizer, view_of: Callable[[Tensor, dict[str, Any]], MatrixView | None]) -> OptimizerSummary:
     """Group ``optimizer``'s parameters by shape and treatment, in order of first appearance."""
     rows: dict[tuple[tuple[int, ...], int | None], list[int]] = {}
     for group in optimizer.param_groups:
@@ -111,8 +109,6 @@ def summarize(
             )
             key = (tuple(param.shape), None if view is None else view.rank)
             totals = rows.setdefault(key, [0, 0, 0, 0])
-            for position, amount in enumerate(
-                (1, param.numel(), tensor_bytes(state), 2 * param.numel() * itemsize)
-            ):
+            for position, amount in enumerate((1, param.numel(), tensor_bytes(state), 2 * param.numel() * itemsize)):
                 totals[position] += amount
     return OptimizerSummary(tuple(SummaryRow(*key, *totals) for key, totals in rows.items()))

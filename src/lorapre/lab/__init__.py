@@ -1,0 +1,1 @@
+"""Recipes around the optimizers: data, models, training, reports (install with ``pip install 'lorapre[lab]'``)."""

@@ -1,0 +1,220 @@
+"""The options of a pre-training run: one typed record, its presets, and its way to and from YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lorapre.lab.errors import UserError
+from lorapre.routing import check_rank
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+#: What `--data hf` means: the English part of C4, on which the paper and its peers pre-train.
+DEFAULT_HUB_DATA = "hf:allenai/c4:en"
+
+
+class PretrainConfig(BaseModel):
+    """Every option of ``lorapre pretrain``. The defaults are the main job: minutes on two CPU cores."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: str = "llama-3m"
+    data: list[str] = Field(default=["stdlib"], min_length=1)
+    text_field: str = "text"
+    valid_data: list[str] = []
+    valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    valid_tokens: Annotated[int, Field(ge=1)] | None = 50_000
+    tokenizer: str | None = None
+
+    optimizer: str = "lorapre-adamw"
+    rank: int | float = 0.25
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    dense_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+
+    schedule: Schedule = "cosine"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    min_lr_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    sequence_length: Annotated[int, Field(ge=2)] = 128
+    steps: Annotated[int, Field(ge=1)] | None = None
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    bf16: bool = False
+
+    log_every: Annotated[int, Field(ge=1)] | None = None
+    eval_every: Annotated[int, Field(ge=1)] | None = None
+    save_every: Annotated[int, Field(ge=1)] | None = None
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    compare: list[str] = []
+
+    @field_validator("rank")
+    @classmethod
+    def _valid_rank(cls, rank: int | float) -> int | float:
+        check_rank(rank)
+        return rank
+
+    @field_validator("data")
+    @classmethod
+    def _hub_default(cls, data: list[str]) -> list[str]:
+        return [DEFAULT_HUB_DATA if entry == "hf" else entry for entry in data]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PretrainConfig:
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError(f"steps={self.steps} and tokens={self.tokens} exclude each other; give one")
+        if self.tokens is not None and self.tokens < self.tokens_per_step:
+            raise ValueError(
+                f"tokens={self.tokens} is less than one step of batch_size x sequence_length = {self.tokens_per_step}"
+            )
+        if self.save_every is not None and self.save_every % self.log_interval:
+            raise ValueError(
+                f"save_every={self.save_every} must be a multiple of log_every={self.log_interval}, so that a "
+                "resumed run logs the same averages"
+            )
+        if len({self.optimizer, *self.compare}) != 1 + len(self.compare):
+            raise ValueError(f"compare={self.compare} repeats an optimizer; each may run once")
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, over all processes."""
+        return self.batch_size * self.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run; the main job's when neither ``steps`` nor ``tokens`` is given."""
+        if self.steps is not None:
+            return self.steps
+        return 300 if self.tokens is None else self.tokens // self.tokens_per_step
+
+    @property
+    def log_interval(self) -> int:
+        """Steps between two records of the training loss."""
+        return self.log_every or max(1, self.total_steps // 100)
+
+    @property
+    def eval_interval(self) -> int:
+        """Steps between two validations; the end of the run is always one."""
+        return self.eval_every or max(1, self.total_steps // 5)
+
+    @property
+    def save_interval(self) -> int:
+        """Steps between two checkpoints, a multiple of ``log_interval``."""
+        return self.save_every or max(1, self.total_steps // 5 // self.log_interval) * self.log_interval
+
+    def to_yaml(self) -> str:
+        """All options, in the order of this class."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def _galore(size: str, rank: int, billions: float) -> dict[str, Any]:
+    return {
+        "model": f"llama-{size}",
+        "data": [DEFAULT_HUB_DATA],
+        "tokenizer": "t5-base",
+        "valid_tokens": 10_000_000,
+        "optimizer": "lorapre-adamw-paper",
+        "rank": rank,
+        "sequence_length": 256,
+        "batch_size": 512,
+        "tokens": int(billions * 1e9),
+        "warmup": 0.1,
+        "min_lr_ratio": 0.1,
+        "schedule": "cosine",
+        "weight_decay": 0.0,
+        "bf16": True,
+        "log_every": 10,
+        "eval_every": 1000,
+        "save_every": 1000,
+    }
+
+
+#: The paper's pre-training protocol (GaLore's): Llama on C4, 512 x 256 tokens a step, cosine to a tenth.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "galore-60m": _galore("60m", 128, 1.1),
+    "galore-130m": _galore("130m", 256, 2.2),
+    "galore-350m": _galore("350m", 256, 6.4),
+    "galore-1b": _galore("1b", 512, 13.1),
+}
+
+
+def build_config(
+    options: Mapping[str, Any], *, preset: str | None = None, config_file: Path | None = None
+) -> PretrainConfig:
+    """Merge the defaults, a preset, a YAML file and ``options``, the later ones winning.
+
+    ``steps`` given in one layer replaces ``tokens`` of an earlier one, and the other way round.
+
+    Raises:
+        UserError: an unknown preset or key, an unreadable file, or a value out of range.
+    """
+    layers: list[tuple[str, Mapping[str, Any]]] = []
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UserError(f"--preset {preset}: there is no such preset. Choose one of {', '.join(PRESETS)}.")
+        layers.append((f"--preset {preset}", PRESETS[preset]))
+    if config_file is not None:
+        layers.append((str(config_file), read_yaml(config_file)))
+    layers.append(("the command line", options))
+    merged: dict[str, Any] = {}
+    for _, layer in layers:
+        for one, other in (("steps", "tokens"), ("tokens", "steps")):
+            if layer.get(one) is not None and layer.get(other) is None:
+                merged.pop(other, None)
+        merged.update(layer)
+    try:
+        return PretrainConfig.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_explain(error, layers)) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: the file is missing, unreadable, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror}). Give the path of a YAML file.") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--config {path}: is not valid YAML ({reason}). `config.yaml` of any run folder is a good start."
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path}: holds a {type(content).__name__}, not `option: value` lines.")
+    return content
+
+
+def _explain(error: ValidationError, layers: list[tuple[str, Mapping[str, Any]]]) -> str:
+    """One sentence a problem: the option, where it was set, its value, what would be right."""
+    sentences = []
+    for problem in error.errors():
+        name = str(problem["loc"][0]) if problem["loc"] else ""
+        message = problem["msg"].removeprefix("Value error, ").rstrip(".")
+        if problem["type"] == "extra_forbidden":
+            origin = next(source for source, layer in layers if name in layer)
+            known = ", ".join(PretrainConfig.model_fields)
+            sentences.append(f"{origin}: there is no option {name!r}. The options are {known}.")
+        elif not name:
+            sentences.append(f"{message[0].upper()}{message[1:]}.")
+        else:
+            option = "--" + name.replace("_", "-")
+            message = message.removeprefix("Input should be ")
+            verb = "must be " if message != problem["msg"].rstrip(".") and "Value error" not in problem["msg"] else ""
+            sentences.append(f"{option} {problem['input']}: {verb}{message}.")
+    return " ".join(dict.fromkeys(sentences))

@@ -1,0 +1,9 @@
+"""The one error that a person, not a program, is meant to read."""
+
+
+class UserError(Exception):
+    """Something about the input is wrong and its author can put it right.
+
+    The message is one paragraph: it names the argument or file, the value found there, and the remedy.
+    The command line prints it without a traceback and exits with code 2; nothing has been trained by then.
+    """

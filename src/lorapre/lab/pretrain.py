@@ -1,0 +1,221 @@
+"""Pre-training from configuration to summary: check everything, then train, once for each optimizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from rich.console import Console
+
+from lorapre.lab.config import PretrainConfig, read_yaml
+from lorapre.lab.data import TextCorpus, check_data_spec, load_corpus
+from lorapre.lab.errors import UserError
+from lorapre.lab.models import ModelSpec, resolve_model
+from lorapre.lab.optimizers import check_rank_compresses, find_optimizer
+from lorapre.lab.plots import plot_loss
+from lorapre.lab.provenance import provenance
+from lorapre.lab.run_folder import RunFolder, write_atomically, write_json
+from lorapre.lab.training import train
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration that has been checked as far as possible without reading the data."""
+
+    config: PretrainConfig
+    model: ModelSpec
+    tokenizer: str | None
+    micro_batch: int
+
+
+def plan_run(config: PretrainConfig, processes: int = 1) -> Plan:
+    """Check model, optimizers, rank, data and batch against each other.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    for name in (config.optimizer, *config.compare):
+        find_optimizer(name, "--optimizer" if name == config.optimizer else "--compare")
+    kind = check_data_spec(config.data)
+    model = resolve_model(config.model).with_sequence(config.sequence_length)
+    check_rank_compresses(model.build(config.seed, device="meta"), config)
+    pieces = config.accumulation * processes
+    if config.batch_size % pieces:
+        raise UserError(
+            f"--batch-size {config.batch_size}: cannot be split into --accumulation {config.accumulation} x "
+            f"{processes} process(es) equal parts. Give a multiple of {pieces}."
+        )
+    tokenizer = config.tokenizer or model.checkpoint or (model.default_tokenizer if kind != "hub" else None)
+    return Plan(config, model, tokenizer, config.batch_size // pieces)
+
+
+def default_out(config: PretrainConfig) -> Path:
+    """``runs/<optimizer>-<date>-<time>``, the same on every process."""
+    state = PartialState()
+    name = [f"{config.optimizer}-{datetime.now():%Y%m%d-%H%M%S}"]
+    if state.num_processes > 1:
+        torch.distributed.broadcast_object_list(name, src=0)
+    return Path("runs") / name[0]
+
+
+def load_resumable(out: Path) -> PretrainConfig:
+    """The configuration of the run in ``out``, to go on with it.
+
+    Raises:
+        UserError: there is no run.
+    """
+    folder = RunFolder(out)
+    if not folder.config.exists():
+        raise UserError(
+            f"--resume --out {out}: there is no run to resume, as {folder.config} does not exist. Leave --resume out "
+            "to start one, or give the folder of an interrupted run."
+        )
+    folder.check_writable()
+    return PretrainConfig.model_validate(read_yaml(folder.config))
+
+
+def run_pretraining(config: PretrainConfig, out: Path, console: Console, *, resume: bool = False) -> dict[str, Any]:
+    """Train ``config.model`` with ``config.optimizer`` and with each of ``config.compare`` from the same start.
+
+    Returns the content of ``summary.json``. Every process of a torchrun job calls this; the first one writes.
+
+    Raises:
+        UserError: something does not fit; nothing has been trained then.
+    """
+    state = PartialState()
+    plan = plan_run(config, state.num_processes)
+    folder = RunFolder(out)
+    if state.is_main_process and not resume:
+        folder.create()
+    try:
+        corpus, bigram = _prepare(plan, folder, console, resume=resume)
+    except BaseException:
+        if state.is_main_process and not resume:
+            folder.discard()
+        raise
+    runs = {config.optimizer: folder} | {name: folder.twin(name) for name in config.compare}
+    summaries: dict[str, dict[str, Any]] = {}
+    for name, run in runs.items():
+        if run.summary.exists():
+            summaries[name] = json.loads(run.summary.read_text(encoding="utf-8"))
+            continue
+        single = config.model_copy(update={"optimizer": name, "compare": []})
+        if state.is_main_process and run is not folder:
+            run.path.mkdir(exist_ok=True)
+            _write_config(run, single)
+            write_json(run.provenance, json.loads(folder.provenance.read_text(encoding="utf-8")))
+        summaries[name] = train(
+            single, plan.model, corpus, run, console, micro_batch=plan.micro_batch, bigram=bigram, resume=resume
+        )
+    summary = {**summaries[config.optimizer], "compare": {name: summaries[name] for name in config.compare}}
+    if state.is_main_process and config.compare:
+        plot_loss(
+            folder.plot,
+            {name: run.read_metrics() for name, run in runs.items()},
+            bigram=bigram,
+            title=f"{config.model} on {corpus.description}",
+        )
+        write_json(folder.summary, summary)
+    return summary
+
+
+def _prepare(plan: Plan, folder: RunFolder, console: Console, *, resume: bool) -> tuple[TextCorpus, float]:
+    """All that can still go wrong before training: the data, its fit to the model and the batch, the disk."""
+    config = plan.config
+    corpus = _load_corpus(plan, console)
+    plan.model.with_vocabulary(len(corpus.tokenizer), corpus.max_token_id)
+    _check_blocks(corpus, config)
+    bigram = float("nan")
+    if PartialState().is_main_process:
+        bigram = corpus.bigram_cross_entropy()
+        folder.check_space(_disk_bytes(plan))
+        _record_provenance(folder, corpus, config, resume=resume)
+        if not resume:
+            _write_config(folder, config)
+    PartialState().wait_for_everyone()
+    return corpus, bigram
+
+
+def _write_config(folder: RunFolder, config: PretrainConfig) -> None:
+    text = config.to_yaml()
+    write_atomically(folder.config, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _load_corpus(plan: Plan, console: Console) -> TextCorpus:
+    config = plan.config
+    # The first process fills the cache, the others read it.
+    with PartialState().main_process_first(), _status(console) as status:
+        return load_corpus(
+            config.data,
+            tokenizer=plan.tokenizer,
+            sequence_length=config.sequence_length,
+            text_field=config.text_field,
+            valid_data=config.valid_data,
+            valid_fraction=config.valid_fraction,
+            max_valid_tokens=config.valid_tokens,
+            seed=config.seed,
+            status=status,
+        )
+
+
+@contextmanager
+def _status(console: Console) -> Iterator[Any]:
+    if not console.is_terminal:
+        yield lambda message: console.print(f"[dim]{message}[/]")
+        return
+    with console.status("preparing the data") as spinner:
+        yield spinner.update
+
+
+def _check_blocks(corpus: TextCorpus, config: PretrainConfig) -> None:
+    if corpus.train_tokens is None:
+        return
+    blocks = corpus.train_tokens // config.sequence_length
+    if blocks < config.batch_size:
+        raise UserError(
+            f"--data {' '.join(config.data)}: holds {corpus.train_tokens:,} training tokens, that is {blocks} "
+            f"sequences of {config.sequence_length}, fewer than --batch-size {config.batch_size}. Give more text, or a "
+            "smaller --batch-size or --sequence-length."
+        )
+
+
+def _disk_bytes(plan: Plan) -> int:
+    """Room for the checkpoints that are kept, one that is being written, and the final model, in float32."""
+    parameters = sum(param.numel() for param in plan.model.build(0, device="meta").parameters())
+    checkpoint = 3 * 4 * parameters  # weights, and at most two numbers of state a weight
+    runs = 1 + len(plan.config.compare)
+    return runs * ((plan.config.keep_checkpoints + 1) * checkpoint + 4 * parameters)
+
+
+def _fingerprint(corpus: TextCorpus) -> dict[str, Any]:
+    backend = getattr(corpus.tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(corpus.tokenizer.get_vocab(), sort_keys=True)
+    return {
+        "description": corpus.description,
+        "train_tokens": corpus.train_tokens,
+        "valid_tokens": corpus.valid_tokens,
+        "tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def _record_provenance(folder: RunFolder, corpus: TextCorpus, config: PretrainConfig, *, resume: bool) -> None:
+    data = _fingerprint(corpus)
+    if resume and folder.provenance.exists():
+        before = json.loads(folder.provenance.read_text(encoding="utf-8"))["data"]
+        changed = [key for key, value in data.items() if before[key] != value]
+        if changed:
+            key = changed[0]
+            raise UserError(
+                f"--resume --out {folder.path}: the data is not what the run began with: {key} was {before[key]}, now "
+                f"it is {data[key]}. Restore the data (or the Python that supplied it), or start a new run."
+            )
+        return
+    write_json(folder.provenance, provenance(seed=config.seed) | {"data": data})

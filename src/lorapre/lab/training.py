@@ -1,0 +1,195 @@
+"""One training run with ``transformers.Trainer``, from fresh weights or from its last checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from torch.optim import Optimizer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+
+from lorapre.lab.callbacks import CheckpointMarker, MetricsWriter, ProgressBar, perplexity
+from lorapre.lab.config import PretrainConfig
+from lorapre.lab.data import TextCorpus
+from lorapre.lab.models import ModelSpec
+from lorapre.lab.optimizers import find_optimizer
+from lorapre.lab.plots import plot_loss
+from lorapre.lab.run_folder import RunFolder, write_atomically, write_json
+from lorapre.optim.summary import tensor_bytes
+
+
+def schedule_arguments(config: PretrainConfig, lr: float) -> dict[str, Any]:
+    """The Trainer's names for ``--schedule``: a linear warm-up, then down to ``min_lr_ratio`` of the peak."""
+    if config.schedule == "cosine":
+        kind, options = "cosine_with_min_lr", {"min_lr_rate": config.min_lr_ratio}
+    elif config.schedule == "linear":
+        kind, options = "polynomial", {"power": 1.0, "lr_end": config.min_lr_ratio * lr}
+    else:
+        kind, options = "constant_with_warmup", {}
+    return {
+        "lr_scheduler_type": kind,
+        "lr_scheduler_kwargs": options,
+        "warmup_steps": round(config.warmup * config.total_steps),
+    }
+
+
+def training_arguments(config: PretrainConfig, folder: RunFolder, lr: float, micro_batch: int) -> TrainingArguments:
+    """``config`` in the Trainer's words."""
+    return TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=config.total_steps,
+        per_device_train_batch_size=micro_batch,
+        per_device_eval_batch_size=micro_batch,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=lr,
+        **schedule_arguments(config, lr),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16,
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_steps=config.log_interval,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=config.eval_interval,
+        prediction_loss_only=True,
+        save_strategy="steps",
+        save_steps=config.save_interval,
+        save_total_limit=config.keep_checkpoints,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        average_tokens_across_devices=False,
+        disable_tqdm=True,
+        report_to="none",
+        log_level="error",
+    )
+
+
+def train(
+    config: PretrainConfig,
+    spec: ModelSpec,
+    corpus: TextCorpus,
+    folder: RunFolder,
+    console: Console,
+    *,
+    micro_batch: int,
+    bigram: float,
+    resume: bool,
+) -> dict[str, Any]:
+    """Train once, fill ``folder``, and return its summary.
+
+    Args:
+        config: of this run alone; ``compare`` is not read.
+        spec: the model, its vocabulary fitted to the corpus.
+        corpus: training and validation blocks.
+        folder: an existing folder.
+        console: for the progress bar.
+        micro_batch: sequences in one forward pass of one process.
+        bigram: cross-entropy of the bigram model on the validation text.
+        resume: go on from the last complete checkpoint, if there is one.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    model = spec.build(config.seed)
+    entry = find_optimizer(config.optimizer)
+    lr = entry.default_lr if config.lr is None else config.lr
+    dense_lr = entry.default_dense_lr if config.dense_lr is None else config.dense_lr
+    arguments = training_arguments(config, folder, lr, micro_batch)
+    main = arguments.process_index == 0
+
+    checkpoint = folder.last_checkpoint() if resume and main else None
+    if arguments.world_size > 1:
+        shared = [checkpoint]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        checkpoint = shared[0]
+    previous: list[dict[str, Any]] = []
+    if main:
+        done = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+        previous = folder.rewind_metrics(done)
+    metrics = MetricsWriter(folder, config.tokens_per_step, previous)
+    bar = ProgressBar(console, config.optimizer, config.tokens_per_step)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=corpus.train,
+        eval_dataset=corpus.valid,
+        optimizer_cls_and_kwargs=entry.build(model, config, lr, dense_lr),
+        callbacks=[metrics, CheckpointMarker(), *([bar] if main else [])],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        bar.stop()
+    metrics.pause()
+    valid_loss = _last_validation(trainer, config.total_steps)
+    summary = {
+        "optimizer": config.optimizer,
+        "model": config.model,
+        "parameters": sum(param.numel() for param in model.parameters()),
+        "data": corpus.description,
+        "rank": config.rank if entry.factored else None,
+        "lr": lr,
+        "dense_lr": dense_lr,
+        "steps": config.total_steps,
+        "tokens": config.total_steps * config.tokens_per_step,
+        "valid_loss": valid_loss,
+        "valid_perplexity": perplexity(valid_loss),
+        "bigram_loss": bigram,
+        "bigram_perplexity": perplexity(bigram),
+        "state_bytes": state_bytes(_unwrapped(trainer.optimizer)),
+        "adamw_state_bytes": adamw_state_bytes(model),
+        "seconds": round(metrics.seconds, 1),
+        "tokens_per_second": round(config.total_steps * config.tokens_per_step / max(metrics.seconds, 1e-9), 1),
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+    }
+    if main:
+        _write_results(folder, trainer, corpus, summary)
+    return summary
+
+
+def _last_validation(trainer: Trainer, steps: int) -> float:
+    for record in reversed(trainer.state.log_history):
+        if "eval_loss" in record and record["step"] == steps:
+            return float(record["eval_loss"])
+    return float(trainer.evaluate()["eval_loss"])
+
+
+def _write_results(folder: RunFolder, trainer: Trainer, corpus: TextCorpus, summary: dict[str, Any]) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+
+    def save(path: Any) -> None:
+        model.save_pretrained(path)
+        corpus.tokenizer.save_pretrained(path)
+
+    write_atomically(folder.model, save)
+    plot_loss(
+        folder.plot,
+        {summary["optimizer"]: folder.read_metrics()},
+        bigram=summary["bigram_loss"],
+        title=f"{summary['model']} on {summary['data']}",
+    )
+    write_json(folder.summary, summary)
+
+
+def _unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer inside accelerate's wrapper."""
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of every tensor that ``optimizer`` holds, measured."""
+    return sum(tensor_bytes(state) for state in optimizer.state.values())
+
+
+def adamw_state_bytes(model: torch.nn.Module) -> int:
+    """What torch.optim.AdamW holds for ``model``: two numbers a weight in its dtype, and a float32 counter."""
+    return sum(2 * param.numel() * param.element_size() + 4 for param in model.parameters() if param.requires_grad)
