@@ -70,19 +70,22 @@ def initial_right_factor(
     return values.to(device=device, dtype=dtype)
 
 
-def damped_cholesky(gram: Tensor, damping: float, mode: DampingMode) -> Tensor:
+def damped_cholesky(gram: Tensor, damping: float, mode: DampingMode, coming: Tensor | None = None) -> Tensor:
     """Cholesky factor (n, r, r) of a float64 Gram matrix (n, r, r) plus damping (Appendix C.1), in place.
 
     ``relative`` damping is a share of the Gram matrix's mean diagonal, so that scaling the gradient scales
     the step's result and nothing else; a matrix of zeros (the left factor before the first step) gets the
-    identity instead, as any positive matrix maps its zero projection to zero.
+    identity instead, as any positive matrix maps its zero projection to zero. ``coming`` (n, 1) is the mean
+    diagonal that the step is about to bring: where it is larger, it counts, for a left factor that a pause of
+    the gradient has shrunk must not be inverted.
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)  # (n, r), a view
     mean_diagonal = diagonal.mean(dim=-1, keepdim=True)
     if mode == "absolute":
         shift = torch.full_like(mean_diagonal, damping)
     else:
-        shift = torch.where(mean_diagonal > 0, damping * mean_diagonal, 1.0)
+        size = mean_diagonal if coming is None else torch.maximum(mean_diagonal, coming)
+        shift = torch.where(mean_diagonal > 0, damping * size, 1.0)
     # What float64 itself rounds away, so that even a factor of condition 1e8 stays decomposable.
     rounding = 4 * gram.shape[-1] * torch.finfo(torch.float64).eps
     diagonal.add_(torch.maximum(shift, rounding * mean_diagonal))
@@ -114,8 +117,10 @@ def advance(
     A_gram, B_gram = A64 @ A64.mT, B64.mT @ B64  # (n, r, r)
     A_size = A_gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]  # (n, 1, 1)
     A_chol = damped_cholesky(A_gram, damping, mode)
-    B_chol = damped_cholesky(B_gram, damping, mode)
-    B_target = torch.cholesky_solve(GA.mT.double(), A_chol).mT.to(G.dtype)
+    B_target = torch.cholesky_solve(GA.mT.double(), A_chol).mT
+    coming = (rate * B_target).square().sum(dim=-2).mean(dim=-1, keepdim=True)  # (n, 1)
+    B_chol = damped_cholesky(B_gram, damping, mode, coming)
+    B_target = B_target.to(G.dtype)
     A_target = torch.cholesky_solve(BG.double(), B_chol).to(G.dtype)
     new_B, new_A = torch.lerp(B, B_target, rate), torch.lerp(A, A_target, rate)
     if mode == "relative":

@@ -47,17 +47,23 @@ def second_moment_rate(beta2: float) -> float:
     return float(1.0 - beta2**0.25)
 
 
-def damped_gram(gram: Tensor, damping: float, damping_mode: Literal["absolute", "relative"] = "absolute") -> Tensor:
+def damped_gram(
+    gram: Tensor,
+    damping: float,
+    damping_mode: Literal["absolute", "relative"] = "absolute",
+    coming: float = 0.0,
+) -> Tensor:
     """The matrix that Theorem 3.1 inverts, made invertible (Appendix C.1).
 
     ``absolute`` adds ``damping * I``, as in the paper. ``relative`` adds ``damping * mean(diag(gram)) * I``,
-    which leaves the step invariant to the gradient's scale; a zero ``gram`` becomes ``I``.
+    which leaves the step invariant to the gradient's scale; a zero ``gram`` becomes ``I``. ``coming`` is the mean
+    diagonal that the step is about to bring; where it is larger, it counts.
     """
     if damping_mode == "absolute":
         shift = damping
     else:
         mean_diagonal = gram.diagonal().mean().item()
-        shift = damping * mean_diagonal if mean_diagonal > 0 else 1.0
+        shift = damping * max(mean_diagonal, coming) if mean_diagonal > 0 else 1.0
     return gram + shift * torch.eye(gram.shape[0], dtype=gram.dtype)
 
 
@@ -68,9 +74,11 @@ def left_target(A: Tensor, G: Tensor, damping: float, damping_mode: Literal["abs
     return target
 
 
-def right_target(B: Tensor, G: Tensor, damping: float, damping_mode: Literal["absolute", "relative"]) -> Tensor:
+def right_target(
+    B: Tensor, G: Tensor, damping: float, damping_mode: Literal["absolute", "relative"], coming: float = 0.0
+) -> Tensor:
     """The least-squares right factor for a fixed left one, (B^T B)^-1 B^T G: (r, q), in equation (2)."""
-    gram = damped_gram(B.T @ B, damping, damping_mode)
+    gram = damped_gram(B.T @ B, damping, damping_mode, coming)
     target: Tensor = torch.linalg.solve(gram, B.T @ G)
     return target
 
@@ -90,8 +98,10 @@ def advance_factors(
     ``keep`` is the weight of the old factor and ``gain`` that of its least-squares target: ``1 - gamma`` and
     ``gamma`` for Adam, equation (9) for Muon.
     """
-    new_B = keep * B + gain * left_target(A, G, damping, damping_mode)
-    new_A = keep * A + gain * right_target(B, G, damping, damping_mode)
+    step_B = gain * left_target(A, G, damping, damping_mode)
+    coming = step_B.square().sum(dim=0).mean().item()
+    new_B = keep * B + step_B
+    new_A = keep * A + gain * right_target(B, G, damping, damping_mode, coming)
     return new_B, new_A
 
 

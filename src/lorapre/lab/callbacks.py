@@ -81,6 +81,23 @@ class MetricsWriter(TrainerCallback):
             file.write(json.dumps(record) + "\n")
 
 
+class AlreadyTrained(Exception):  # noqa: N818  (no error: it stops the Trainer from going on)
+    """The checkpoint to resume from is the last step's."""
+
+
+class LastStep(TrainerCallback):
+    """Logs and validates at the last step, before its checkpoint is saved, and trains no step beyond it."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # By now the checkpoint is loaded. The Trainer asks whether it has finished after a step only.
+        if state.global_step >= state.max_steps:
+            raise AlreadyTrained
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = control.should_evaluate = True
+
+
 class CheckpointMarker(TrainerCallback):
     """Marks a checkpoint once all of it is written: resuming trusts no other."""
 

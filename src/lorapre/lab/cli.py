@@ -95,12 +95,12 @@ def pretrain(
     min_lr_ratio: Annotated[
         float | None, _option("Share of the peak at which cosine and linear end (default 0.1).", _TRAINING)
     ] = None,
-    batch_size: Annotated[int | None, _option("Sequences a step, over all processes (default 16).", _TRAINING)] = None,
+    batch_size: Annotated[int | None, _option("Sequences a step, over all processes (default 8).", _TRAINING)] = None,
     accumulation: Annotated[
         int | None, _option("Forward passes that a process splits its share into (default 1).", _TRAINING)
     ] = None,
     sequence_length: Annotated[int | None, _option("Tokens a sequence (default 128).", _TRAINING)] = None,
-    steps: Annotated[int | None, _option("Optimizer steps (default 300).", _TRAINING)] = None,
+    steps: Annotated[int | None, _option("Optimizer steps (default 600).", _TRAINING)] = None,
     tokens: Annotated[int | None, _option("Training tokens, instead of steps.", _TRAINING)] = None,
     bf16: Annotated[bool | None, _option("Autocast to bfloat16; weights stay float32.", _TRAINING)] = None,
     log_every: Annotated[int | None, _option("Steps between records of the loss (default 1 %).", _RUN)] = None,
@@ -132,27 +132,39 @@ def pretrain(
     console = _console()
     if resume:
         settings = _resumed(out, options, preset, config)
-        assert out is not None
     else:
         settings = build_config(options, preset=preset, config_file=config)
-        if dry_run:
-            dry.print_dry_run(settings, console)
-            return
-        out = out or job.default_out(settings)
+    if dry_run:
+        dry.print_dry_run(settings, console)
+        return
+    out = out or job.default_out(settings)
     try:
         summary = job.run_pretraining(settings, out, console, resume=resume)
     except KeyboardInterrupt:
-        console.print(f"Interrupted. Go on with: lorapre pretrain --resume --out {out}")
+        console.print(f"Interrupted. {_way_on(out)}", soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if isinstance(error, UserError) or not _disk_is_full(error):
             raise
-        console.print(
-            f"The disk of --out {out} is full. What was complete is safe: free some space and go on with "
-            f"`lorapre pretrain --resume --out {out}`."
-        )
+        _print_error(f"--out {out}: its disk is full. {_way_on(out)}")
         raise typer.Exit(1) from None
     print_summary(summary, out, console)
+
+
+def _way_on(out: Path) -> str:
+    from lorapre.lab.run_folder import RunFolder
+
+    if not RunFolder(out).config.exists():
+        return "Nothing was trained."
+    return f"What was complete is safe. Go on, once there is space, with: lorapre pretrain --resume --out {out}"
+
+
+def _disk_is_full(error: BaseException) -> bool:
+    """Whether ``error`` says so: as an OSError, or in the words of safetensors or torch, whose errors are not."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    text = str(error)
+    return "No space left on device" in text or "Disk quota exceeded" in text or "inline_container.cc" in text
 
 
 def _resumed(out: Path | None, options: dict[str, Any], preset: str | None, config: Path | None) -> PretrainConfig:
@@ -179,6 +191,11 @@ def _console() -> Console:
     return Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
 
 
+def _print_error(message: str) -> None:
+    console = Console(stderr=True, highlight=False)
+    console.print(Panel(message, title="Error", title_align="left", border_style="red"), markup=False)
+
+
 def main() -> None:
     """Entry point: a :class:`UserError` becomes one paragraph on standard error and exit code 2."""
     # Decided here, before a tokenizer is used: the library warns when it must guess after a fork.
@@ -186,6 +203,5 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        console = Console(stderr=True, highlight=False)
-        console.print(Panel(str(error), title="Error", title_align="left", border_style="red"), markup=False)
+        _print_error(str(error))
         sys.exit(2)

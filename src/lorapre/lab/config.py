@@ -44,7 +44,7 @@ class PretrainConfig(BaseModel):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     min_lr_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
 
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Annotated[int, Field(ge=1)] = 8
     accumulation: Annotated[int, Field(ge=1)] = 1
     sequence_length: Annotated[int, Field(ge=2)] = 128
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -73,18 +73,25 @@ class PretrainConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> PretrainConfig:
         if self.steps is not None and self.tokens is not None:
-            raise ValueError(f"steps={self.steps} and tokens={self.tokens} exclude each other; give one")
+            raise ValueError(f"--steps {self.steps} and --tokens {self.tokens} exclude each other: give one")
         if self.tokens is not None and self.tokens < self.tokens_per_step:
             raise ValueError(
-                f"tokens={self.tokens} is less than one step of batch_size x sequence_length = {self.tokens_per_step}"
+                f"--tokens {self.tokens}: is less than one step of --batch-size x --sequence-length = "
+                f"{self.tokens_per_step}; give more"
+            )
+        if self.valid_tokens is not None and self.valid_tokens < self.sequence_length:
+            raise ValueError(
+                f"--valid-tokens {self.valid_tokens}: is less than one sequence of --sequence-length "
+                f"{self.sequence_length}; give more"
             )
         if self.save_every is not None and self.save_every % self.log_interval:
             raise ValueError(
-                f"save_every={self.save_every} must be a multiple of log_every={self.log_interval}, so that a "
+                f"--save-every {self.save_every}: must be a multiple of --log-every {self.log_interval}, so that a "
                 "resumed run logs the same averages"
             )
         if len({self.optimizer, *self.compare}) != 1 + len(self.compare):
-            raise ValueError(f"compare={self.compare} repeats an optimizer; each may run once")
+            names = ", ".join([self.optimizer, *self.compare])
+            raise ValueError(f"--compare: an optimizer occurs twice in {names}; name each once")
         return self
 
     @property
@@ -97,7 +104,7 @@ class PretrainConfig(BaseModel):
         """Optimizer steps of the run; the main job's when neither ``steps`` nor ``tokens`` is given."""
         if self.steps is not None:
             return self.steps
-        return 300 if self.tokens is None else self.tokens // self.tokens_per_step
+        return 600 if self.tokens is None else self.tokens // self.tokens_per_step
 
     @property
     def log_interval(self) -> int:
@@ -211,7 +218,7 @@ def _explain(error: ValidationError, layers: list[tuple[str, Mapping[str, Any]]]
             known = ", ".join(PretrainConfig.model_fields)
             sentences.append(f"{origin}: there is no option {name!r}. The options are {known}.")
         elif not name:
-            sentences.append(f"{message[0].upper()}{message[1:]}.")
+            sentences.append(f"{message}.")
         else:
             option = "--" + name.replace("_", "-")
             message = message.removeprefix("Input should be ")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorapre import estimate_memory, param_groups
 from lorapre.lab.config import PretrainConfig
+from lorapre.lab.data.tokenizer import bpe_vocabulary
 from lorapre.lab.models import PUBLISHED_VOCABULARY
 from lorapre.lab.optimizers import OPTIMIZERS
 from lorapre.lab.pretrain import Plan, plan_run
@@ -51,7 +53,7 @@ def print_dry_run(config: PretrainConfig, console: Console) -> None:
         ("sum", f"{format_bytes(memory.weights + memory.gradients + state + scratch)}, activations not counted"),
     ]
     for name, value in rows:
-        table.add_row(f"[bold]{name}[/]", value)
+        table.add_row(f"[bold]{name}[/]", escape(value))
     console.print(table)
 
 
@@ -60,8 +62,9 @@ def _vocabulary(plan: Plan) -> int:
     spec = plan.tokenizer
     if spec is None:
         return PUBLISHED_VOCABULARY
-    if spec == "bpe" or spec.startswith("bpe:"):
-        return int(spec.partition(":")[2] or 4096)
+    trained = bpe_vocabulary(spec)
+    if trained is not None:
+        return trained
     path = Path(spec)
     if path.is_file():
         return len(PreTrainedTokenizerFast(tokenizer_file=str(path)))

@@ -89,11 +89,14 @@ class ModelSpec:
         """The model in float32: fresh weights from ``seed``, or the checkpoint's; ``device="meta"`` has neither.
 
         Raises:
-            UserError: the checkpoint cannot be loaded.
+            UserError: the checkpoint cannot be loaded, or the configuration is of no causal language model.
         """
         if device == "meta":
-            with torch.device("meta"):
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+            try:
+                with torch.device("meta"):
+                    model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+            except Exception as error:  # each architecture fails in its own way
+                raise UserError(_not_causal(self.name, error)) from error
             return model
         if self.checkpoint is not None:
             try:
@@ -151,15 +154,26 @@ def _read_config(path: Path) -> Any:
         raise UserError(f"--model {path}: cannot be read ({error.strerror}). Give an existing config.json.") from None
     except KeyError:
         raise UserError(f'--model {path}: has no "model_type" entry. Add one, such as "model_type": "llama".') from None
-    except (ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"--model {path}: is not a model configuration ({reason}). Compare it with the config.json "
-                        "of a saved model.") from None  # fmt: skip
+    except Exception as error:  # transformers' own checks have no common class
+        raise UserError(
+            f"--model {path}: is not a model configuration ({_reason(error)}). Compare it with the config.json of a "
+            "saved model."
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def _not_causal(name: str, error: Exception) -> str:
+    return (
+        f"--model {name}: no causal language model can be made of its configuration ({_reason(error)}). Give one such "
+        "as Llama's or GPT-2's, with sizes that fit together."
+    )
 
 
 def _unloadable(name: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
     return (
-        f"--model {name}: cannot be loaded ({reason}). Give a folder written by save_pretrained, or a hub name that "
+        f"--model {name}: cannot be loaded ({_reason(error)}). Give a folder written by save_pretrained, or a hub name that "
         "this machine can reach."
     )

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
+from rich.markup import escape
 
-from lorapre.lab.config import PretrainConfig, read_yaml
+from lorapre.lab.config import PretrainConfig, build_config
 from lorapre.lab.data import TextCorpus, check_data_spec, load_corpus
 from lorapre.lab.errors import UserError
 from lorapre.lab.models import ModelSpec, resolve_model
@@ -70,7 +71,7 @@ def load_resumable(out: Path) -> PretrainConfig:
     """The configuration of the run in ``out``, to go on with it.
 
     Raises:
-        UserError: there is no run.
+        UserError: there is no run, or its configuration cannot be read.
     """
     folder = RunFolder(out)
     if not folder.config.exists():
@@ -79,7 +80,7 @@ def load_resumable(out: Path) -> PretrainConfig:
             "to start one, or give the folder of an interrupted run."
         )
     folder.check_writable()
-    return PretrainConfig.model_validate(read_yaml(folder.config))
+    return build_config({}, config_file=folder.config)
 
 
 def run_pretraining(config: PretrainConfig, out: Path, console: Console, *, resume: bool = False) -> dict[str, Any]:
@@ -97,6 +98,8 @@ def run_pretraining(config: PretrainConfig, out: Path, console: Console, *, resu
         folder.create()
     try:
         corpus, bigram = _prepare(plan, folder, console, resume=resume)
+        # Before anything is trained, since a checkpoint may turn out to be damaged.
+        models = {} if folder.summary.exists() else {config.optimizer: plan.model.build(config.seed)}
     except BaseException:
         if state.is_main_process and not resume:
             folder.discard()
@@ -113,7 +116,14 @@ def run_pretraining(config: PretrainConfig, out: Path, console: Console, *, resu
             _write_config(run, single)
             write_json(run.provenance, json.loads(folder.provenance.read_text(encoding="utf-8")))
         summaries[name] = train(
-            single, plan.model, corpus, run, console, micro_batch=plan.micro_batch, bigram=bigram, resume=resume
+            single,
+            models.pop(name, None) or plan.model.build(config.seed),
+            corpus,
+            run,
+            console,
+            micro_batch=plan.micro_batch,
+            bigram=bigram,
+            resume=resume,
         )
     summary = {**summaries[config.optimizer], "compare": {name: summaries[name] for name in config.compare}}
     if state.is_main_process and config.compare:
@@ -137,9 +147,9 @@ def _prepare(plan: Plan, folder: RunFolder, console: Console, *, resume: bool) -
     if PartialState().is_main_process:
         bigram = corpus.bigram_cross_entropy()
         folder.check_space(_disk_bytes(plan))
-        _record_provenance(folder, corpus, config, resume=resume)
         if not resume:
-            _write_config(folder, config)
+            _write_config(folder, config)  # first: --resume takes a folder that has it
+        _record_provenance(folder, corpus, config, resume=resume)
     PartialState().wait_for_everyone()
     return corpus, bigram
 
@@ -169,10 +179,10 @@ def _load_corpus(plan: Plan, console: Console) -> TextCorpus:
 @contextmanager
 def _status(console: Console) -> Iterator[Any]:
     if not console.is_terminal:
-        yield lambda message: console.print(f"[dim]{message}[/]")
+        yield lambda message: console.print(message, style="dim", markup=False)
         return
     with console.status("preparing the data") as spinner:
-        yield spinner.update
+        yield lambda message: spinner.update(escape(message))
 
 
 def _check_blocks(corpus: TextCorpus, config: PretrainConfig) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lorapre.lab.errors import UserError
+from lorapre.optim.summary import format_bytes
 
 #: Written into a checkpoint once everything else is in it; one without was interrupted.
 COMPLETE_MARKER = "complete"
@@ -91,6 +92,10 @@ class RunFolder:
         Raises:
             UserError: something is there already, or it cannot be written.
         """
+        try:
+            self.path.exists()
+        except OSError as error:  # a name too long, a folder that may not be searched
+            raise UserError(f"--out {self.path}: cannot be used ({error.strerror}). Give another folder.") from None
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path}: is a file. Give a folder, or a path where none exists yet.")
         if self.summary.exists():
@@ -125,8 +130,8 @@ class RunFolder:
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise UserError(
-                f"--out {self.path}: the disk has {free / 1e9:.2f} GB free, and the run's checkpoints and model need "
-                f"about {needed / 1e9:.2f} GB. Free some space, give an --out on another disk, or lower "
+                f"--out {self.path}: the disk has {format_bytes(free)} free, and the run's checkpoints and model need "
+                f"about {format_bytes(needed)}. Free some space, give an --out on another disk, or lower "
                 "--keep-checkpoints."
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any
 
@@ -9,12 +10,12 @@ import torch
 import transformers
 from rich.console import Console
 from torch.optim import Optimizer
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from torch.utils.data import Dataset, RandomSampler, Sampler
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
-from lorapre.lab.callbacks import CheckpointMarker, MetricsWriter, ProgressBar, perplexity
+from lorapre.lab.callbacks import AlreadyTrained, CheckpointMarker, LastStep, MetricsWriter, ProgressBar, perplexity
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.data import TextCorpus
-from lorapre.lab.models import ModelSpec
 from lorapre.lab.optimizers import find_optimizer
 from lorapre.lab.plots import plot_loss
 from lorapre.lab.run_folder import RunFolder, write_atomically, write_json
@@ -49,6 +50,7 @@ def training_arguments(config: PretrainConfig, folder: RunFolder, lr: float, mic
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=config.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # else the Trainer takes bf16 for a GPU's
         seed=config.seed,
         data_seed=config.seed,
         logging_steps=config.log_interval,
@@ -70,9 +72,27 @@ def training_arguments(config: PretrainConfig, folder: RunFolder, lr: float, mic
     )
 
 
+class _WholeStepTrainer(Trainer):  # type: ignore[misc]
+    """Each epoch leaves out what does not fill a step, so that every step has ``batch_size`` sequences.
+
+    With accumulation the Trainer would end an epoch with a step on fewer sequences than ``metrics.jsonl`` counts.
+    """
+
+    def __init__(self, batch_size: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._batch_size = batch_size
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
+        sampler = super()._get_train_sampler(train_dataset)
+        if not isinstance(sampler, RandomSampler):  # a stream has no order but its own, and no end
+            return sampler
+        blocks = sampler.num_samples // self._batch_size * self._batch_size
+        return RandomSampler(sampler.data_source, num_samples=blocks, generator=sampler.generator)
+
+
 def train(
     config: PretrainConfig,
-    spec: ModelSpec,
+    model: PreTrainedModel,
     corpus: TextCorpus,
     folder: RunFolder,
     console: Console,
@@ -85,7 +105,7 @@ def train(
 
     Args:
         config: of this run alone; ``compare`` is not read.
-        spec: the model, its vocabulary fitted to the corpus.
+        model: to be trained in place.
         corpus: training and validation blocks.
         folder: an existing folder.
         console: for the progress bar.
@@ -96,7 +116,6 @@ def train(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
-    model = spec.build(config.seed)
     entry = find_optimizer(config.optimizer)
     lr = entry.default_lr if config.lr is None else config.lr
     dense_lr = entry.default_dense_lr if config.dense_lr is None else config.dense_lr
@@ -114,18 +133,22 @@ def train(
         previous = folder.rewind_metrics(done)
     metrics = MetricsWriter(folder, config.tokens_per_step, previous)
     bar = ProgressBar(console, config.optimizer, config.tokens_per_step)
-    trainer = Trainer(
+    trainer = _WholeStepTrainer(
+        config.batch_size,
         model=model,
         args=arguments,
         train_dataset=corpus.train,
         eval_dataset=corpus.valid,
         optimizer_cls_and_kwargs=entry.build(model, config, lr, dense_lr),
-        callbacks=[metrics, CheckpointMarker(), *([bar] if main else [])],
+        callbacks=[metrics, LastStep(), CheckpointMarker(), *([bar] if main else [])],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with contextlib.suppress(AlreadyTrained):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         bar.stop()
     metrics.pause()

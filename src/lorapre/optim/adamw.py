@@ -222,6 +222,9 @@ second_moment_correction`), "paper" by 1 - beta2^t. They differ for a factored v
             return [tensor.contiguous() for tensor in wide] if fused else wide
 
         wide_params, wide_averages, wide_squares = widened(params), widened(averages), widened(squares)
+        steps = [state["step"] for state in states]
+        # The fused kernel wants its counters beside the weights; ours stay on the CPU unless they are captured.
+        counters = [step.to(param.device) for step, param in zip(steps, params, strict=True)] if fused else steps
         beta1, beta2 = group["betas"]
         adamw(
             wide_params,
@@ -229,7 +232,7 @@ second_moment_correction`), "paper" by 1 - beta2^t. They differ for a factored v
             wide_averages,
             wide_squares,
             [],
-            [state["step"] for state in states],
+            counters,
             # torchtitan and others put these two keys into every group; they choose torch's implementation.
             # Only the fused one can leave a step out on the device, and the foreach one takes no tensor lr.
             foreach=None if capturable or isinstance(group["lr"], Tensor) else group.get("foreach"),
@@ -249,6 +252,9 @@ second_moment_correction`), "paper" by 1 - beta2^t. They differ for a factored v
         ):
             if original is not result:
                 original.copy_(result)
+        for step, counter in zip(steps, counters, strict=True):
+            if step is not counter:
+                step.add_(1.0)
 
 
 #: Algorithm 1 as printed, with the settings of the paper's pre-training runs.
