@@ -70,27 +70,34 @@ def initial_right_factor(
     return values.to(device=device, dtype=dtype)
 
 
-def damped_cholesky(gram: Tensor, damping: float, mode: DampingMode, coming: Tensor | None = None) -> Tensor:
-    """Cholesky factor (n, r, r) of a float64 Gram matrix (n, r, r) plus damping (Appendix C.1), in place.
+def damped_inverse(
+    gram: Tensor, damping: float, mode: DampingMode, dtype: torch.dtype, coming: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The inverse of a float64 Gram matrix (n, r, r) plus damping (Appendix C.1), without its size.
+
+    Returns ``(inverse, root)`` of shapes (n, r, r) and (n, 1, 1) in ``dtype``; the inverse itself is
+    ``inverse / root**2``. Apart, both stay in float32's range however small the factors are.
 
     ``relative`` damping is a share of the Gram matrix's mean diagonal, so that scaling the gradient scales
-    the step's result and nothing else; a matrix of zeros (the left factor before the first step) gets the
-    identity instead, as any positive matrix maps its zero projection to zero. ``coming`` (n, 1) is the mean
-    diagonal that the step is about to bring: where it is larger, it counts, for a left factor that a pause of
-    the gradient has shrunk must not be inverted.
+    the step's result and nothing else. ``coming`` (n, 1, 1) is the mean diagonal that the step is about to
+    bring: where it is larger, it counts, for a left factor that a pause of the gradient has shrunk must not be
+    inverted. A Gram matrix of zeros is invertible too: its projection is zero, and zero comes out.
     """
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)  # (n, r), a view
-    mean_diagonal = diagonal.mean(dim=-1, keepdim=True)
+    mean_diagonal = gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]  # (n, 1, 1)
     if mode == "absolute":
-        shift = torch.full_like(mean_diagonal, damping)
+        size = torch.ones_like(mean_diagonal)
     else:
         size = mean_diagonal if coming is None else torch.maximum(mean_diagonal, coming)
-        shift = torch.where(mean_diagonal > 0, damping * size, 1.0)
+        size = size.clamp(min=_VANISHING**3)
     # What float64 itself rounds away, so that even a factor of condition 1e8 stays decomposable.
     rounding = 4 * gram.shape[-1] * torch.finfo(torch.float64).eps
-    diagonal.add_(torch.maximum(shift, rounding * mean_diagonal))
-    lower: Tensor = torch.linalg.cholesky_ex(gram).L
-    return lower
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    shift = (rounding * mean_diagonal / size).clamp(min=damping)
+    lower = torch.linalg.cholesky_ex(gram / size + shift * identity).L
+    # Not cholesky_solve: on CUDA it synchronises, so that no graph can be captured, and everywhere two triangular
+    # solves with p or q right-hand sides take longer than one product with the small inverse.
+    lower_inverse = torch.linalg.solve_triangular(lower, identity.expand_as(gram), upper=False)
+    return (lower_inverse.mT @ lower_inverse).to(dtype), size.sqrt().to(dtype)
 
 
 def advance(
@@ -107,25 +114,23 @@ def advance(
     Both right-hand sides read the old factors; a sequential update (A reading the new B) is another algorithm
     and explodes at high rank when damping is small. Returns new tensors (n, p, r) and (n, r, q) in G's dtype.
 
-    The Gram matrices and their solves are in float64 whatever G is: a Gram matrix squares the condition
+    The Gram matrices and their inverses are computed in float64 whatever G is: a Gram matrix squares the condition
     number, and the paper's absolute damping of 1e-6 lies below float32's rounding of it, so that a float32
     Cholesky decomposition fails on factors that training does produce.
     """
-    GA = torch.bmm(G, A.mT)  # (n, p, r)
-    BG = torch.bmm(B.mT, G)  # (n, r, q)
     A64, B64 = A.double(), B.double()
     A_gram, B_gram = A64 @ A64.mT, B64.mT @ B64  # (n, r, r)
-    A_size = A_gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]  # (n, 1, 1)
-    A_chol = damped_cholesky(A_gram, damping, mode)
-    B_target = torch.cholesky_solve(GA.mT.double(), A_chol).mT
-    coming = (rate * B_target).square().sum(dim=-2).mean(dim=-1, keepdim=True)  # (n, 1)
-    B_chol = damped_cholesky(B_gram, damping, mode, coming)
-    B_target = B_target.to(G.dtype)
-    A_target = torch.cholesky_solve(BG.double(), B_chol).to(G.dtype)
+    del A64, B64
+    inverse, root = damped_inverse(A_gram, damping, mode, G.dtype)
+    B_target = torch.bmm(torch.bmm(G, A.mT) / root, inverse) / root  # (n, p, r)
+    coming = (rate * B_target.double()).square().sum(dim=(-2, -1), keepdim=True) / B.shape[-1]  # (n, 1, 1)
+    inverse, root = damped_inverse(B_gram, damping, mode, G.dtype, coming)
+    A_target = torch.bmm(inverse, torch.bmm(B.mT, G) / root) / root  # (n, r, q)
     new_B, new_A = torch.lerp(B, B_target, rate), torch.lerp(A, A_target, rate)
     if mode == "relative":
         # Zero gradients (an expert that no token reaches) shrink both factors until float32 has no more of
         # them, and a pair of zeros never learns again. Only the product means anything: move the size over.
+        A_size = A_gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]  # (n, 1, 1)
         vanishing = (A_size < _VANISHING) & (A_size > 0)
         if isinstance(rate, Tensor):  # a step that is left out changes nothing
             vanishing &= rate > 0

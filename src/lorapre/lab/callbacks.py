@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -127,12 +128,13 @@ class ProgressBar(TrainerCallback):
         self._label = label
         self._tokens_per_step = tokens_per_step
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            # On a narrow terminal the label gives way, and the numbers stay whole.
+            TextColumn("{task.description}", table_column=Column(overflow="ellipsis")),
             BarColumn(bar_width=None),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[loss]}"),
             TextColumn("{task.fields[speed]}"),
-            _Remaining(),
+            _Remaining(table_column=Column(no_wrap=True)),
             console=console,
             disable=not console.is_terminal,
         )

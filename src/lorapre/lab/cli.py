@@ -146,7 +146,7 @@ def pretrain(
     except Exception as error:
         if isinstance(error, UserError) or not _disk_is_full(error):
             raise
-        _print_error(f"--out {out}: its disk is full. {_way_on(out)}")
+        _print_error(f"--out {out}: its disk is full. Free some space. {_way_on(out)}")
         raise typer.Exit(1) from None
     print_summary(summary, out, console)
 
@@ -156,7 +156,7 @@ def _way_on(out: Path) -> str:
 
     if not RunFolder(out).config.exists():
         return "Nothing was trained."
-    return f"What was complete is safe. Go on, once there is space, with: lorapre pretrain --resume --out {out}"
+    return f"What was complete is safe; go on with: lorapre pretrain --resume --out {out}"
 
 
 def _disk_is_full(error: BaseException) -> bool:

@@ -174,6 +174,6 @@ def _not_causal(name: str, error: Exception) -> str:
 
 def _unloadable(name: str, error: Exception) -> str:
     return (
-        f"--model {name}: cannot be loaded ({_reason(error)}). Give a folder written by save_pretrained, or a hub name that "
-        "this machine can reach."
+        f"--model {name}: cannot be loaded ({_reason(error)}). Give a folder written by save_pretrained, or a hub name "
+        "that this machine can reach."
     )

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from lorapre.lab.config import PretrainConfig, build_config
-from lorapre.lab.data import TextCorpus, check_data_spec, load_corpus
+from lorapre.lab.data import BlockDataset, TextCorpus, check_data_spec, load_corpus
 from lorapre.lab.errors import UserError
 from lorapre.lab.models import ModelSpec, resolve_model
 from lorapre.lab.optimizers import check_rank_compresses, find_optimizer
@@ -25,6 +25,11 @@ from lorapre.lab.plots import plot_loss
 from lorapre.lab.provenance import provenance
 from lorapre.lab.run_folder import RunFolder, write_atomically, write_json
 from lorapre.lab.training import train
+
+
+def process_state() -> PartialState:
+    """This process among those of a torchrun job; without a GPU they talk through gloo, if accelerate is told so."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def plan_run(config: PretrainConfig, processes: int = 1) -> Plan:
 
 def default_out(config: PretrainConfig) -> Path:
     """``runs/<optimizer>-<date>-<time>``, the same on every process."""
-    state = PartialState()
+    state = process_state()
     name = [f"{config.optimizer}-{datetime.now():%Y%m%d-%H%M%S}"]
     if state.num_processes > 1:
         torch.distributed.broadcast_object_list(name, src=0)
@@ -91,7 +96,7 @@ def run_pretraining(config: PretrainConfig, out: Path, console: Console, *, resu
     Raises:
         UserError: something does not fit; nothing has been trained then.
     """
-    state = PartialState()
+    state = process_state()
     plan = plan_run(config, state.num_processes)
     folder = RunFolder(out)
     if state.is_main_process and not resume:
@@ -99,7 +104,7 @@ def run_pretraining(config: PretrainConfig, out: Path, console: Console, *, resu
     try:
         corpus, bigram = _prepare(plan, folder, console, resume=resume)
         # Before anything is trained, since a checkpoint may turn out to be damaged.
-        models = {} if folder.summary.exists() else {config.optimizer: plan.model.build(config.seed)}
+        built = {} if folder.summary.exists() else {config.optimizer: plan.model.build(config.seed)}
     except BaseException:
         if state.is_main_process and not resume:
             folder.discard()
@@ -117,7 +122,7 @@ def run_pretraining(config: PretrainConfig, out: Path, console: Console, *, resu
             write_json(run.provenance, json.loads(folder.provenance.read_text(encoding="utf-8")))
         summaries[name] = train(
             single,
-            models.pop(name, None) or plan.model.build(config.seed),
+            built.pop(name) if name in built else plan.model.build(config.seed),
             corpus,
             run,
             console,
@@ -144,13 +149,13 @@ def _prepare(plan: Plan, folder: RunFolder, console: Console, *, resume: bool) -
     plan.model.with_vocabulary(len(corpus.tokenizer), corpus.max_token_id)
     _check_blocks(corpus, config)
     bigram = float("nan")
-    if PartialState().is_main_process:
+    if process_state().is_main_process:
         bigram = corpus.bigram_cross_entropy()
         folder.check_space(_disk_bytes(plan))
         if not resume:
             _write_config(folder, config)  # first: --resume takes a folder that has it
         _record_provenance(folder, corpus, config, resume=resume)
-    PartialState().wait_for_everyone()
+    process_state().wait_for_everyone()
     return corpus, bigram
 
 
@@ -162,7 +167,7 @@ def _write_config(folder: RunFolder, config: PretrainConfig) -> None:
 def _load_corpus(plan: Plan, console: Console) -> TextCorpus:
     config = plan.config
     # The first process fills the cache, the others read it.
-    with PartialState().main_process_first(), _status(console) as status:
+    with process_state().main_process_first(), _status(console) as status:
         return load_corpus(
             config.data,
             tokenizer=plan.tokenizer,
@@ -208,11 +213,14 @@ def _disk_bytes(plan: Plan) -> int:
 def _fingerprint(corpus: TextCorpus) -> dict[str, Any]:
     backend = getattr(corpus.tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else json.dumps(corpus.tokenizer.get_vocab(), sort_keys=True)
+    train = corpus.train  # a stream is not read in advance
     return {
         "description": corpus.description,
         "train_tokens": corpus.train_tokens,
         "valid_tokens": corpus.valid_tokens,
         "tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "train_sha256": hashlib.sha256(train.tokens.data).hexdigest() if isinstance(train, BlockDataset) else None,
+        "valid_sha256": hashlib.sha256(corpus.valid.tokens.data).hexdigest(),
     }
 
 
@@ -220,7 +228,7 @@ def _record_provenance(folder: RunFolder, corpus: TextCorpus, config: PretrainCo
     data = _fingerprint(corpus)
     if resume and folder.provenance.exists():
         before = json.loads(folder.provenance.read_text(encoding="utf-8"))["data"]
-        changed = [key for key, value in data.items() if before[key] != value]
+        changed = [key for key, value in data.items() if key in before and before[key] != value]
         if changed:
             key = changed[0]
             raise UserError(

@@ -72,7 +72,7 @@ def training_arguments(config: PretrainConfig, folder: RunFolder, lr: float, mic
     )
 
 
-class _WholeStepTrainer(Trainer):  # type: ignore[misc]
+class _WholeStepTrainer(Trainer):
     """Each epoch leaves out what does not fill a step, so that every step has ``batch_size`` sequences.
 
     With accumulation the Trainer would end an epoch with a step on fewer sequences than ``metrics.jsonl`` counts.

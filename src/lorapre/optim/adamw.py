@@ -225,6 +225,9 @@ second_moment_correction`), "paper" by 1 - beta2^t. They differ for a factored v
         steps = [state["step"] for state in states]
         # The fused kernel wants its counters beside the weights; ours stay on the CPU unless they are captured.
         counters = [step.to(param.device) for step, param in zip(steps, params, strict=True)] if fused else steps
+        lr = group["lr"]
+        if fused and isinstance(lr, Tensor):
+            lr = lr.float()  # torch's fused CUDA kernel reads its memory as float32, whatever it is
         beta1, beta2 = group["betas"]
         adamw(
             wide_params,
@@ -242,7 +245,7 @@ second_moment_correction`), "paper" by 1 - beta2^t. They differ for a factored v
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
-            lr=group["lr"],
+            lr=lr,
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=group["maximize"],
