@@ -1,6 +1,6 @@
-r"""The heart: how momentum factors are created, advanced and read. Pure functions on batches of matrices.
+"""The heart: how momentum factors are created, advanced and read. Pure functions on batches of matrices.
 
-Equation numbers are those of :mod:`lorapre.reference`. Shapes: a batch holds ``n`` matrices of one shape,
+Equation numbers are those of `lorapre.reference`. Shapes: a batch holds ``n`` matrices of one shape,
 ``G`` is (n, p, q), left factors ``B`` are (n, p, r), right factors ``A`` are (n, r, q). A coefficient is a
 float, or a tensor that broadcasts against (n, 1, 1) where the matrices are at different steps.
 """

@@ -40,11 +40,11 @@ class MemoryEstimate:
 def estimate_memory(
     model: nn.Module | Iterable[dict[str, Any]], rank: int | float | None = None, **options: Any
 ) -> MemoryEstimate:
-    """Memory of training ``model`` with :class:`LoRAPreAdamW`; nothing is allocated.
+    """Memory of training ``model`` with `LoRAPreAdamW`; nothing is allocated.
 
     Args:
         model: a module, on any device (build it under ``torch.device("meta")`` to pay nothing), or parameter
-            groups as :func:`lorapre.param_groups` returns them.
+            groups as `lorapre.param_groups` returns them.
         rank: as in the optimizer; ignored groups that set their own keep it.
         **options: other options of the optimizer, such as ``second_moment`` or ``state_dtype``.
 

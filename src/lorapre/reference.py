@@ -1,4 +1,4 @@
-r"""The paper, line by line, for one matrix: the oracle that every faster path is tested against.
+"""The paper, line by line, for one matrix: the oracle that every faster path is tested against.
 
 "Taming Momentum: Rethinking Optimizer States Through Low-Rank Approximation" (arXiv 2602.24283).
 One function is one formula; nothing is batched, fused, guarded or cached, and any floating dtype works
@@ -6,19 +6,19 @@ One function is one formula; nothing is batched, fused, guarded or cached, and a
 
 The equations, as this project numbers them (in brackets: their place in the paper):
 
-====  =======================================================================================  ==============
-(1)   :math:`m_B \leftarrow (1-\gamma)\, m_B + \gamma\, G m_A^T (m_A m_A^T + \delta I)^{-1}`     (Theorem 3.1)
-(2)   :math:`m_A \leftarrow (1-\gamma)\, m_A + \gamma\, (m_B^T m_B + \delta I)^{-1} m_B^T G`     (Theorem 3.1)
-(3)   :math:`\gamma_1 = 1 - \beta_1^{1/2}, \quad \gamma_2 = 1 - \beta_2^{1/4}`                    (Appendix B.1)
-(4)   :math:`m_t = \beta_1\, m_B m_A + (1-\beta_1)\, G`                                         (Algorithm 1)
-(5)   :math:`v_t = \beta_2\, (v_B v_A)^{\circ 2} + (1-\beta_2)\, G^{\circ 2}`                    (Algorithm 1)
-(6)   :math:`\hat m = m_t / (1-\beta_1^t), \quad \hat v = v_t / (1-\beta_2^t)`                  (Algorithm 1)
-(7)   :math:`W \leftarrow W - \eta\, (s\, \hat m / (\sqrt{\hat v} + \epsilon) + \lambda W)`      (Algorithm 1)
-(8)   :math:`m_t = \mu\, m_B m_A + G`                                                           (Algorithm 2)
-(9)   (1), (2) with the target's weight :math:`\gamma` replaced by                              (Algorithm 2)
-      :math:`(1-\sqrt\mu)/(1-\mu)` and the factor's by :math:`\sqrt\mu`
-(10)  :math:`W \leftarrow W - \eta\, s(p, q)\, \mathrm{NewtonSchulz}_5(m_t)`                     (Algorithm 2)
-====  =======================================================================================  ==============
+    (1)   m_B <- (1 - gamma) m_B + gamma G m_A^T (m_A m_A^T + delta I)^-1        (Theorem 3.1)
+    (2)   m_A <- (1 - gamma) m_A + gamma (m_B^T m_B + delta I)^-1 m_B^T G        (Theorem 3.1)
+    (3)   gamma1 = 1 - beta1^(1/2),  gamma2 = 1 - beta2^(1/4)                    (Appendix B.1)
+    (4)   m_t = beta1 m_B m_A + (1 - beta1) G                                    (Algorithm 1)
+    (5)   v_t = beta2 (v_B v_A)^2 + (1 - beta2) G^2, element-wise                (Algorithm 1)
+    (6)   mhat = m_t / (1 - beta1^t),  vhat = v_t / (1 - beta2^t)                (Algorithm 1)
+    (7)   W <- W - lr (s mhat / (sqrt(vhat) + eps) + weight_decay W)             (Algorithm 1)
+    (8)   m_t = mu m_B m_A + G                                                   (Algorithm 2)
+    (9)   (1), (2) with the target's weight gamma replaced by                    (Algorithm 2)
+          (1 - sqrt(mu)) / (1 - mu), and the factor's by sqrt(mu)
+    (10)  W <- W - lr s(p, q) NewtonSchulz5(m_t)                                 (Algorithm 2)
+
+v_B and v_A follow |G| by (1) and (2) with gamma2. delta is the damping of Appendix C.1.
 
 Shapes throughout: ``W``, ``G`` are (p, q); the left factors ``m_B``, ``v_B`` are (p, r); the right factors
 ``m_A``, ``v_A`` are (r, q).

@@ -82,7 +82,7 @@ def gather(tensors: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) ->
 
 
 def scatter(batch: Tensor, tensors: list[Tensor]) -> None:
-    """The inverse of :func:`gather`, into existing tensors, in their dtype."""
+    """The inverse of `gather`, into existing tensors, in their dtype."""
     torch._foreach_copy_(tensors, list(batch.reshape(len(tensors), *tensors[0].shape).unbind(0)))
 
 

@@ -197,7 +197,7 @@ def _print_error(message: str) -> None:
 
 
 def main() -> None:
-    """Entry point: a :class:`UserError` becomes one paragraph on standard error and exit code 2."""
+    """Entry point: a `UserError` becomes one paragraph on standard error and exit code 2."""
     # Decided here, before a tokenizer is used: the library warns when it must guess after a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:

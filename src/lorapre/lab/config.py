@@ -204,6 +204,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: holds a {type(content).__name__}, not `option: value` lines.")
+    for name in content:
+        if not isinstance(name, str):
+            raise UserError(f"--config {path}: {name!r} is not the name of an option.")
     return content
 
 

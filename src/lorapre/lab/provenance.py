@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+import lorapre
+
 
 def hardware() -> str:
     """The GPUs, or else the processor and its cores, in one line; never the host's name."""
@@ -30,8 +32,8 @@ def _processor() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
-    for package in ("lorapre", "torch", "transformers", "accelerate", "tokenizers"):
+    found = {"python": platform.python_version(), "lorapre": lorapre.__version__}
+    for package in ("torch", "transformers", "accelerate", "tokenizers"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -18,15 +18,15 @@ from lorapre.routing import MatrixView, View3D
 
 
 class LoRAPreAdamW(FactoredOptimizer):
-    r"""AdamW with low-rank moments: m = m_B m_A and v = (v_B v_A)^2 element-wise (arXiv 2602.24283).
+    """AdamW with low-rank moments: m = m_B m_A and v = (v_B v_A)^2 element-wise (arXiv 2602.24283).
 
-    Each step forms :math:`m_t = \beta_1 m_B m_A + (1-\beta_1) G`, so the weight update is full-rank, and moves
-    the factors towards the least-squares fit of the gradient in closed form. A matrix of shape (p, q) costs
-    2 (p + q) r numbers of state instead of AdamW's 2 p q.
+    Each step forms m_t = beta1 m_B m_A + (1 - beta1) G, so the weight update is full-rank, and moves the factors
+    towards the least-squares fit of the gradient in closed form. A matrix of shape (p, q) costs 2 (p + q) r numbers
+    of state instead of AdamW's 2 p q.
 
     Matrices with min(p, q) > rank are compressed, stacks of matrices (3-D) one by one, convolutions as
     (out, in * kernel). All other parameters take torch's own AdamW with the same lr, betas, eps and weight decay.
-    Embeddings and output heads look like matrices; :func:`lorapre.param_groups` tells them apart by module type.
+    Embeddings and output heads look like matrices; `lorapre.param_groups` tells them apart by module type.
 
     Args:
         params: parameters, named parameters, or groups of them; a group may set any option below, and
@@ -39,8 +39,8 @@ class LoRAPreAdamW(FactoredOptimizer):
         damping: added to the diagonal of the r x r matrices that are inverted, above 0.
         damping_mode: "relative" to their mean diagonal, which makes the step invariant to the gradient's scale;
             "absolute" as in the paper (Appendix C.1).
-        bias_correction: "exact" divides v by the weight that has really arrived in it (:func:`lorapre.factors.\
-second_moment_correction`), "paper" by 1 - beta2^t. They differ for a factored v only.
+        bias_correction: "exact" divides v by the weight that has really arrived in it (see
+            `lorapre.factors.second_moment_correction`), "paper" by 1 - beta2^t. They differ for a factored v only.
         second_moment: "hadamard" factors v as above, "full" keeps Adam's own (``exp_avg_sq``).
         scale: multiplies the update of compressed matrices, not their weight decay; GaLore and the paper use 0.25.
         view_3d: a 3-D weight is a "stack" of matrices, or to be flattened to (out, in * kernel): "flatten".

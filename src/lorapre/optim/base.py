@@ -43,7 +43,7 @@ class FactoredOptimizer(Optimizer):
     """Base of the optimizers whose momenta are factored. Subclasses say what the state of a parameter is.
 
     Each group may set any option of the constructor, and ``compress`` (default True): False keeps all of the
-    group's parameters dense, as :func:`lorapre.param_groups` does for embeddings and heads.
+    group's parameters dense, as `lorapre.param_groups` does for embeddings and heads.
     """
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
