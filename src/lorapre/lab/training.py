@@ -10,7 +10,7 @@ import torch
 import transformers
 from rich.console import Console
 from torch.optim import Optimizer
-from torch.utils.data import Dataset, RandomSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, Subset
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from lorapre.lab.callbacks import AlreadyTrained, CheckpointMarker, LastStep, MetricsWriter, ProgressBar, perplexity
@@ -72,10 +72,12 @@ def training_arguments(config: PretrainConfig, folder: RunFolder, lr: float, mic
     )
 
 
-class _WholeStepTrainer(Trainer):
-    """Each epoch leaves out what does not fill a step, so that every step has ``batch_size`` sequences.
+class _LabTrainer(Trainer):
+    """Makes the Trainer count exactly, whatever the number of processes and forward passes.
 
-    With accumulation the Trainer would end an epoch with a step on fewer sequences than ``metrics.jsonl`` counts.
+    Each epoch leaves out what does not fill a step: with accumulation the Trainer would end it with a step on fewer
+    sequences than ``metrics.jsonl`` counts. Validation takes each sequence once: the Trainer would drop those that
+    do not fill a batch, or repeat others to fill it.
     """
 
     def __init__(self, batch_size: int, **kwargs: Any) -> None:
@@ -88,6 +90,23 @@ class _WholeStepTrainer(Trainer):
             return sampler
         blocks = sampler.num_samples // self._batch_size * self._batch_size
         return RandomSampler(sampler.data_source, num_samples=blocks, generator=sampler.generator)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Mean loss over the validation blocks, which all have the same length."""
+        args = self.args
+        # Not DistributedDataParallel's wrapper: it would wait for processes that have one batch less.
+        model = self.accelerator.unwrap_model(self.model).eval()
+        mine = Subset(self.eval_dataset, range(args.process_index, len(self.eval_dataset), args.world_size))
+        total = 0.0
+        for batch in DataLoader(mine, args.per_device_eval_batch_size, collate_fn=self.data_collator):
+            with torch.no_grad():
+                loss = model(**self._prepare_inputs(batch)).loss
+            total += float(loss) * len(batch["input_ids"])
+        everywhere = self.accelerator.gather(torch.tensor([total], device=args.device))
+        metrics = {"eval_loss": float(everywhere.sum()) / len(self.eval_dataset)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
+        return metrics
 
 
 def train(
@@ -133,7 +152,7 @@ def train(
         previous = folder.rewind_metrics(done)
     metrics = MetricsWriter(folder, config.tokens_per_step, previous)
     bar = ProgressBar(console, config.optimizer, config.tokens_per_step)
-    trainer = _WholeStepTrainer(
+    trainer = _LabTrainer(
         config.batch_size,
         model=model,
         args=arguments,

@@ -198,7 +198,10 @@ class LoRAPreAdamW(FactoredOptimizer):
                 step=step,
                 enabled=None if mask is None else mask.to(params[0].device),
             )
-            torch._foreach_add_(steps, 1.0 if mask is None else mask.to(steps[0].device, steps[0].dtype))
+            if mask is None:
+                torch._foreach_add_(steps, 1.0)
+            else:  # as a list: given one tensor, the CUDA kernel asks the host for its value
+                torch._foreach_add_(steps, [mask.to(steps[0].device, steps[0].dtype)] * len(steps))
 
     def _step_dense(self, params: list[Tensor], group: Group, mask: Tensor | None) -> None:
         """torch's own AdamW; weights narrower than their state are updated through a wide copy."""
