@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from _support import (
     ReferenceRun,
@@ -301,6 +302,33 @@ def test_a_capturable_step_with_nonfinite_gradients_is_a_no_op(
             assert W.isfinite().all()
             assert not torch.equal(W, old)
             assert state["step"].item() == trained + 1
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operators that wait for the device to hand a value to the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"second_moment": "full"}, {"damping_mode": "absolute"}], ids=str)
+def test_a_capturable_step_reads_nothing_back_from_the_device(options: dict[str, Any], device: torch.device) -> None:
+    # what a CUDA graph refuses at capture, found without a GPU
+    lr = torch.tensor(1e-2, device=device)
+    optimizer = build(device, shapes=(*SHAPES, (3, 12, 20)), capturable=True, lr=lr, weight_decay=0.1, **options)
+    set_grads(params_of(optimizer), random_grads(params_of(optimizer), 0))
+    with HostReads() as reads:
+        optimizer.step()
+    assert reads.found == []
+    with HostReads() as reads:
+        torch._foreach_add_([torch.zeros(())], torch.ones(()))  # the probe sees what it is for
+    assert reads.found
 
 
 def test_a_captured_graph_replays_the_bits_of_eager_launches(device: torch.device) -> None:
