@@ -13,11 +13,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
 import lorapre.lab.data.corpus as corpus_module
 import lorapre.lab.data.hub as hub
 from lorapre.lab.data import BigramModel, StreamBlockDataset, TextCorpus, load_corpus
+from lorapre.lab.data.corpus import _largest_ordinary_id
 from lorapre.lab.errors import UserError
 
 
@@ -254,3 +257,13 @@ def test_a_stream_pickles_for_workers_that_are_spawned(tmp_path: Path) -> None:
     again = pickle.loads(pickle.dumps(corpus.train))
     for ours, theirs in zip(islice(corpus.train, 40), islice(again, 40), strict=True):
         assert torch.equal(ours["input_ids"], theirs["input_ids"])
+
+
+def test_the_sentinels_of_a_t5_tokenizer_do_not_count_as_ids_of_text() -> None:
+    model = models.Unigram([("a", 0.0), ("b", -1.0), ("</s>", 0.0)], unk_id=0)
+    sentinels = [f"<extra_id_{number}>" for number in range(5)]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(model), eos_token="</s>", additional_special_tokens=sentinels
+    )
+    assert len(tokenizer) == 8
+    assert _largest_ordinary_id(tokenizer) == 2

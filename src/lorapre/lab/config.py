@@ -134,6 +134,9 @@ def _galore(size: str, rank: int, billions: float) -> dict[str, Any]:
         "valid_tokens": 10_000_000,
         "optimizer": "lorapre-adamw-paper",
         "rank": rank,
+        # One rate for all parameters, as in the protocol, and the middle of the grid that the paper searched.
+        "lr": 1e-3,
+        "dense_lr": 1e-3,
         "sequence_length": 256,
         "batch_size": 512,
         "tokens": int(billions * 1e9),

@@ -64,7 +64,7 @@ def _adamw(model: nn.Module, config: PretrainConfig, lr: float, dense_lr: float)
 OPTIMIZERS: Mapping[str, OptimizerEntry] = {
     "lorapre-adamw": OptimizerEntry(_lorapre({}), default_lr=5e-4, default_dense_lr=4e-3, factored=True),
     "lorapre-adamw-paper": OptimizerEntry(
-        _lorapre(PAPER_PRESET), default_lr=1e-3, default_dense_lr=4e-3, factored=True
+        _lorapre(PAPER_PRESET), default_lr=2e-3, default_dense_lr=4e-3, factored=True
     ),
     "adamw": OptimizerEntry(_adamw, default_lr=1e-3, default_dense_lr=4e-3, factored=False),
 }

@@ -44,7 +44,7 @@ class TextCorpus:
     tokenizer: `save_pretrained` of it writes what `AutoTokenizer` loads.
     train_tokens, valid_tokens: tokens in whole blocks; train_tokens is None for a stream.
     description: one short line for people.
-    max_token_id: the largest id that occurs; for a stream the largest that the tokenizer has.
+    max_token_id: the largest id that occurs; for a stream the largest that text can have.
     """
 
     train: Dataset[dict[str, torch.Tensor]]
@@ -216,10 +216,16 @@ def _load_stream(
         train_tokens=None,
         valid_tokens=len(valid) * sequence_length,
         description=files.description,
-        max_token_id=encoder.vocabulary - 1,
+        max_token_id=_largest_ordinary_id(loaded),
         _cache=cache,
         _key=key,
     )
+
+
+def _largest_ordinary_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id that text can have: T5 keeps a hundred sentinels behind it, which only its own training uses."""
+    special = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
+    return max(index for index in tokenizer.get_vocab().values() if index not in special)
 
 
 def _stream_valid(hub: HubData, valid_files: TextFiles | None) -> tuple[Iterator[str], str]:
