@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 
+from lorapre import NonFiniteGradientError
 from lorapre.lab.config import PRESETS, PretrainConfig, build_config
 from lorapre.lab.errors import UserError
 
@@ -143,6 +144,12 @@ def pretrain(
     except KeyboardInterrupt:
         console.print(f"Interrupted. {_way_on(out)}", soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
+    except NonFiniteGradientError as error:
+        _print_error(
+            f"The training has diverged: {error.args[0].partition('. ')[0]}. Start again with a smaller --lr or "
+            f"--dense-lr, a longer --warmup, or a --max-grad-norm; {out} keeps the metrics up to here."
+        )
+        raise typer.Exit(1) from None
     except Exception as error:
         if isinstance(error, UserError) or not _disk_is_full(error):
             raise

@@ -126,7 +126,8 @@ class RunFolder:
             ) from None
 
     def check_space(self, needed: int) -> None:
-        """Raise ``UserError`` unless the disk has ``needed`` bytes free."""
+        """Raise ``UserError`` unless the disk has ``needed`` bytes free, less what an interrupted run has used."""
+        needed -= sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
         free = shutil.disk_usage(self.path).free
         if free < needed:
             raise UserError(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 
 from lorapre.lab.callbacks import AlreadyTrained, CheckpointMarker, LastStep, MetricsWriter, ProgressBar, perplexity
 from lorapre.lab.config import PretrainConfig
-from lorapre.lab.data import TextCorpus
+from lorapre.lab.data import BlockDataset, TextCorpus
 from lorapre.lab.optimizers import find_optimizer
 from lorapre.lab.plots import plot_loss
 from lorapre.lab.run_folder import RunFolder, write_atomically, write_json
@@ -80,9 +80,10 @@ class _LabTrainer(Trainer):
     do not fill a batch, or repeat others to fill it.
     """
 
-    def __init__(self, batch_size: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, batch_size: int, valid: BlockDataset, **kwargs: Any) -> None:
+        super().__init__(eval_dataset=valid, **kwargs)
         self._batch_size = batch_size
+        self._valid = valid
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         sampler = super()._get_train_sampler(train_dataset)
@@ -96,14 +97,14 @@ class _LabTrainer(Trainer):
         args = self.args
         # Not DistributedDataParallel's wrapper: it would wait for processes that have one batch less.
         model = self.accelerator.unwrap_model(self.model).eval()
-        mine = Subset(self.eval_dataset, range(args.process_index, len(self.eval_dataset), args.world_size))
+        mine = Subset(self._valid, range(args.process_index, len(self._valid), args.world_size))
         total = 0.0
         for batch in DataLoader(mine, args.per_device_eval_batch_size, collate_fn=self.data_collator):
             with torch.no_grad():
                 loss = model(**self._prepare_inputs(batch)).loss
             total += float(loss) * len(batch["input_ids"])
         everywhere = self.accelerator.gather(torch.tensor([total], device=args.device))
-        metrics = {"eval_loss": float(everywhere.sum()) / len(self.eval_dataset)}
+        metrics = {"eval_loss": float(everywhere.sum()) / len(self._valid)}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         return metrics
@@ -154,10 +155,10 @@ def train(
     bar = ProgressBar(console, config.optimizer, config.tokens_per_step)
     trainer = _LabTrainer(
         config.batch_size,
+        corpus.valid,
         model=model,
         args=arguments,
         train_dataset=corpus.train,
-        eval_dataset=corpus.valid,
         optimizer_cls_and_kwargs=entry.build(model, config, lr, dense_lr),
         callbacks=[metrics, LastStep(), CheckpointMarker(), *([bar] if main else [])],
     )

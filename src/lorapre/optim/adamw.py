@@ -146,7 +146,8 @@ class LoRAPreAdamW(FactoredOptimizer):
             closure: reevaluates the model with gradients and returns the loss.
 
         Raises:
-            RuntimeError: a gradient is sparse, or not finite (see ``nonfinite``); nothing has changed then.
+            RuntimeError: a gradient is sparse; nothing has changed then.
+            NonFiniteGradientError: a gradient is not finite (see ``nonfinite``); nothing has changed then.
         """
         self._check_graph_capture()
         loss = cast("float | None", run_closure(closure))

@@ -25,6 +25,10 @@ logger = logging.getLogger("lorapre")
 Group: TypeAlias = dict[str, Any]
 
 
+class NonFiniteGradientError(RuntimeError):
+    """A gradient holds inf or nan and ``nonfinite`` is "raise". The step has changed nothing."""
+
+
 @dataclass(frozen=True)
 class _AsSaved:
     """Carries a state tensor through ``Optimizer.load_state_dict``, which would cast it to the weight's dtype."""
@@ -242,7 +246,8 @@ class FactoredOptimizer(Optimizer):
         wait for the host); else True, or False for a step to be skipped.
 
         Raises:
-            RuntimeError: a gradient is sparse, or one is not finite in a group whose ``nonfinite`` is "raise".
+            RuntimeError: a gradient is sparse.
+            NonFiniteGradientError: one is not finite in a group whose ``nonfinite`` is "raise".
         """
         items = list(self._labels_with_grad())
         for label, param, _ in items:
@@ -264,7 +269,7 @@ class FactoredOptimizer(Optimizer):
                 continue
             message = f"the gradient of parameter {label!r} holds inf or nan"
             if (group["nonfinite"] or ("skip" if group["capturable"] else "raise")) == "raise":
-                raise RuntimeError(
+                raise NonFiniteGradientError(
                     f"{type(self).__name__}: {message}. Nothing was changed. Look for the overflow, clip, or use "
                     "nonfinite='skip' to leave such steps out."
                 )

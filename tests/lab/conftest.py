@@ -1,0 +1,83 @@
+"""Fixtures of the lab's tests: everything tiny, no file outside pytest's own folders."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from _lab import Cli, call, exit_code, options, sentences, write_model, write_text
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with ``tiny.json``, ``text.txt`` (31 steps of 8 x 16 tokens an epoch), ``valid.txt``, and a cache."""
+    folder = tmp_path_factory.mktemp("lab")
+    write_model(folder / "tiny.json")
+    write_text(folder / "text.txt", sentences(60))
+    write_text(folder / "valid.txt", sentences(4, seed=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORAPRE_CACHE", str(folder / "cache"))
+        yield folder
+
+
+@pytest.fixture
+def here(lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder of a test, with copies of the files of ``lab`` (and its cache) in it."""
+    work = tmp_path / "work"
+    work.mkdir()
+    for name in ("tiny.json", "text.txt", "valid.txt"):
+        shutil.copy2(lab / name, work / name)
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("LORAPRE_CACHE", str(lab / "cache"))
+    monkeypatch.setenv("COLUMNS", "400")  # messages on one line, whatever they name
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return work
+
+
+@pytest.fixture
+def pretrain(here: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
+    """``lorapre pretrain`` in this process, from the folder ``here``."""
+    return lambda *arguments: call(capsys, *arguments)
+
+
+@pytest.fixture
+def tiny() -> list[str]:
+    """Arguments of a run that takes a second."""
+    return options(
+        model="tiny.json", data="text.txt", tokenizer="bpe:300", batch_size=8, sequence_length=16, steps=4, log_every=1
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(lab: Path) -> tuple[Path, str]:
+    """The folder of a finished comparison, 50 steps (more than an epoch) with AdamW as the twin; what it printed."""
+    arguments = options(
+        model=lab / "tiny.json",
+        data=lab / "text.txt",
+        valid_data=lab / "valid.txt",
+        tokenizer="bpe:300",
+        batch_size=8,
+        accumulation=2,
+        sequence_length=16,
+        steps=50,
+        log_every=1,
+        eval_every=20,
+        save_every=15,
+        seed=3,
+        compare="adamw",
+        out=lab / "finished",
+    )
+    printed = StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setenv("COLUMNS", "80")
+        assert exit_code("pretrain", *arguments) == 0
+    return lab / "finished", printed.getvalue()
