@@ -1,0 +1,58 @@
+"""What README says is what the scripts behind it print now."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+pytest.importorskip("transformers")
+
+
+def script(name: str) -> ModuleType:
+    """A benchmark, imported without being run."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def between(begin: str, end: str) -> str:
+    return README.partition(begin)[2].partition(end)[0].strip()
+
+
+def test_the_memory_table_is_what_the_optimizer_holds_today() -> None:
+    benchmark = script("memory_table")
+    assert between(benchmark.BEGIN, benchmark.END) == benchmark.table()
+
+
+def test_the_main_jobs_section_is_made_from_the_committed_results() -> None:
+    benchmark = script("main_job")
+    summary, origin = (
+        json.loads((benchmark.RESULTS / name).read_text(encoding="utf-8"))
+        for name in ("summary.json", "provenance.json")
+    )
+    assert between(benchmark.BEGIN, benchmark.END) == benchmark.section(summary, origin)
+
+
+def test_every_file_that_readme_links_to_exists() -> None:
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_the_two_commands_stand_alone_and_ci_finds_the_second() -> None:
+    commands = re.findall(r"^python3 -m venv .*$", README, flags=re.MULTILINE)
+    assert len(commands) == 2
+    assert commands[0].endswith("lorapre pretrain")
+    assert commands[1].endswith("pytest")
