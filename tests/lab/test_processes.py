@@ -16,6 +16,32 @@ from lorapre.lab.errors import UserError
 from lorapre.lab.pretrain import plan_run
 
 
+def torchrun(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`torchrun --nproc-per-node 2 --no-python lorapre pretrain ...` in ``here``."""
+    script = here / "lorapre"
+    script.write_text(f"#!{sys.executable}\nfrom lorapre.lab.cli import main\nmain()\n")
+    script.chmod(0o755)
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"),
+        *(str(script), "pretrain", *arguments),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LORAPRE_CACHE": str(here / "cache")}
+    return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_what_the_first_process_refuses_all_refuse_in_one_paragraph(here: Path) -> None:
+    (here / "bytes.txt").write_bytes(b"abc\xff")
+    ended = torchrun(here, *options(data="bytes.txt", tokenizer="bpe:300", out="run"))
+    assert ended.returncode != 0
+    assert ended.stderr.count("is not valid UTF-8") == 1
+    ours = ended.stderr.partition("ChildFailedError")[0]
+    assert "barrier" not in ours
+    assert "Connection closed" not in ours
+    assert ended.stderr.count("exitcode  : 2 ") == ended.stderr.count("exitcode  : ") >= 1
+    assert not (here / "run").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_write_one_folder(pretrain: Cli, here: Path) -> None:
     write_model(here / "calm.json", attention_dropout=0.0)
@@ -30,15 +56,7 @@ def test_two_processes_train_as_one_and_write_one_folder(pretrain: Cli, here: Pa
         eval_every=10,
         compare="adamw",
     )
-    script = here / "lorapre"
-    script.write_text(f"#!{sys.executable}\nfrom lorapre.lab.cli import main\nmain()\n")
-    script.chmod(0o755)
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"),
-        *(str(script), "pretrain", *arguments, "--out", "two"),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "LORAPRE_CACHE": str(here / "cache")}
-    ended = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=300)
+    ended = torchrun(here, *arguments, "--out", "two")
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert ended.stdout.count("run folder: two") == 1
     assert ended.stdout.count("lorapre-adamw step 36/36") == 1  # one process speaks

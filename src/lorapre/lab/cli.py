@@ -199,7 +199,8 @@ def _console() -> Console:
 
 
 def _print_error(message: str) -> None:
-    console = Console(stderr=True, highlight=False)
+    """On the first process: in a torchrun job all fail for the same reason."""
+    console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
     console.print(Panel(message, title="Error", title_align="left", border_style="red"), markup=False)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -25,6 +25,8 @@ from lorapre.lab.plots import plot_loss
 from lorapre.lab.provenance import provenance
 from lorapre.lab.run_folder import RunFolder, write_atomically, write_json
 from lorapre.lab.training import train
+
+_Result = TypeVar("_Result")
 
 
 def process_state() -> PartialState:
@@ -99,14 +101,21 @@ def run_pretraining(config: PretrainConfig, out: Path, console: Console, *, resu
     state = process_state()
     plan = plan_run(config, state.num_processes)
     folder = RunFolder(out)
-    if state.is_main_process and not resume:
-        folder.create()
+    created = False
+
+    def begin() -> tuple[TextCorpus, float]:
+        nonlocal created
+        if state.is_main_process and not resume:
+            folder.create()
+            created = True
+        return _prepare(plan, folder, console, resume=resume)
+
     try:
-        corpus, bigram = _prepare(plan, folder, console, resume=resume)
+        corpus, bigram = _first_process_first(begin)
         # Before anything is trained, since a checkpoint may turn out to be damaged.
         built = {} if folder.summary.exists() else {config.optimizer: plan.model.build(config.seed)}
     except BaseException:
-        if state.is_main_process and not resume:
+        if created:
             folder.discard()
         raise
     runs = {config.optimizer: folder} | {name: folder.twin(name) for name in config.compare}
@@ -142,6 +151,28 @@ def run_pretraining(config: PretrainConfig, out: Path, console: Console, *, resu
     return summary
 
 
+def _first_process_first(action: Callable[[], _Result]) -> _Result:
+    """Let process 0 run ``action`` (and fill caches), then the others; what it refuses, all refuse.
+
+    Raises:
+        UserError: process 0's; without it the others would wait for a process that has gone.
+    """
+    state = process_state()
+    refusal: list[str | None] = [None]
+    if state.is_main_process:
+        try:
+            result = action()
+        except UserError as error:
+            if state.num_processes == 1:
+                raise
+            refusal[0] = str(error)
+    if state.num_processes > 1:
+        torch.distributed.broadcast_object_list(refusal, src=0)
+    if refusal[0] is not None:
+        raise UserError(refusal[0])
+    return result if state.is_main_process else action()
+
+
 def _prepare(plan: Plan, folder: RunFolder, console: Console, *, resume: bool) -> tuple[TextCorpus, float]:
     """All that can still go wrong before training: the data, its fit to the model and the batch, the disk."""
     config = plan.config
@@ -155,7 +186,6 @@ def _prepare(plan: Plan, folder: RunFolder, console: Console, *, resume: bool) -
         if not resume:
             _write_config(folder, config)  # first: --resume takes a folder that has it
         _record_provenance(folder, corpus, config, resume=resume)
-    process_state().wait_for_everyone()
     return corpus, bigram
 
 
@@ -166,8 +196,7 @@ def _write_config(folder: RunFolder, config: PretrainConfig) -> None:
 
 def _load_corpus(plan: Plan, console: Console) -> TextCorpus:
     config = plan.config
-    # The first process fills the cache, the others read it.
-    with process_state().main_process_first(), _status(console) as status:
+    with _status(console) as status:
         return load_corpus(
             config.data,
             tokenizer=plan.tokenizer,
