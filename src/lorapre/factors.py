@@ -123,7 +123,9 @@ def advance(
     del A64, B64
     inverse, root = damped_inverse(A_gram, damping, mode, G.dtype)
     B_target = torch.bmm(torch.bmm(G, A.mT) / root, inverse) / root  # (n, p, r)
-    coming = (rate * B_target.double()).square().sum(dim=(-2, -1), keepdim=True) / B.shape[-1]  # (n, 1, 1)
+    coming = None
+    if mode == "relative":
+        coming = (rate * B_target.double()).square().sum(dim=(-2, -1), keepdim=True) / B.shape[-1]  # (n, 1, 1)
     inverse, root = damped_inverse(B_gram, damping, mode, G.dtype, coming)
     A_target = torch.bmm(inverse, torch.bmm(B.mT, G) / root) / root  # (n, r, q)
     new_B, new_A = torch.lerp(B, B_target, rate), torch.lerp(A, A_target, rate)

@@ -33,6 +33,18 @@ TINY: Mapping[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+#: The finished comparison of conftest: 50 steps are more than an epoch.
+FINISHED: Mapping[str, Any] = {
+    "tokenizer": "bpe:300",
+    "batch_size": 8,
+    "accumulation": 2,
+    "sequence_length": 16,
+    "steps": 50,
+    "log_every": 1,
+    "eval_every": 20,
+    "save_every": 15,
+    "seed": 3,
+}
 WORDS = "the a cat dog runs sees big small red old house tree and or then near".split()  # noqa: SIM905
 #: In metrics.jsonl and summary.json these depend on the clock, all else on the configuration alone.
 CLOCK = {"seconds", "tokens_per_second"}

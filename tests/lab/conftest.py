@@ -13,7 +13,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from _lab import Cli, call, exit_code, options, sentences, write_model, write_text
+from _data import DOCUMENTS
+from _lab import FINISHED, Cli, call, exit_code, options, sentences, write_model, write_text
 
 
 @pytest.fixture(scope="session")
@@ -64,15 +65,7 @@ def finished(lab: Path) -> tuple[Path, str]:
         model=lab / "tiny.json",
         data=lab / "text.txt",
         valid_data=lab / "valid.txt",
-        tokenizer="bpe:300",
-        batch_size=8,
-        accumulation=2,
-        sequence_length=16,
-        steps=50,
-        log_every=1,
-        eval_every=20,
-        save_every=15,
-        seed=3,
+        **FINISHED,
         compare="adamw",
         out=lab / "finished",
     )
@@ -81,3 +74,19 @@ def finished(lab: Path) -> tuple[Path, str]:
         patch.setenv("COLUMNS", "80")
         assert exit_code("pretrain", *arguments) == 0
     return lab / "finished", printed.getvalue()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The documents of ``_data`` in one text file."""
+    path = tmp_path / "data" / "text.txt"
+    path.parent.mkdir()
+    path.write_text("".join(f"{text}\n<|endoftext|>\n" for text in DOCUMENTS))
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder, the one that is used."""
+    monkeypatch.setenv("LORAPRE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -12,32 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from _data import DOCUMENTS, load
 
 import lorapre.lab.data.sources as sources
-from lorapre.lab.data import TextCorpus, default_cache_dir, load_corpus, train_bpe
+from lorapre.lab.data import default_cache_dir, train_bpe
 from lorapre.lab.data.tokens import _Writer
 from lorapre.lab.errors import UserError
-
-DOCUMENTS = [f"Document {n} holds the square {n * n} and <|endoftext|> within a line.\nEnd of {n}." for n in range(300)]
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "data" / "text.txt"
-    path.parent.mkdir()
-    path.write_text("".join(f"{text}\n<|endoftext|>\n" for text in DOCUMENTS))
-    return path
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LORAPRE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def load(*data: Path | str, **settings: object) -> TextCorpus:
-    defaults: dict[str, object] = {"tokenizer": "bpe:300", "sequence_length": 16}
-    return load_corpus([str(entry) for entry in data], **(defaults | settings))  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from _data import DOCUMENTS, load
 from transformers import AutoTokenizer
 
 import lorapre.lab.data.sources as sources
@@ -18,32 +19,11 @@ from lorapre.lab.data import (
     BigramModel,
     BlockDataset,
     TextCorpus,
-    load_corpus,
     split_documents,
 )
 from lorapre.lab.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "corpus"  # beside the project, where there is one
-DOCUMENTS = [f"Document {n} holds the square {n * n} and <|endoftext|> within a line.\nEnd of {n}." for n in range(300)]
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "data" / "text.txt"
-    path.parent.mkdir()
-    path.write_text("".join(f"{text}\n<|endoftext|>\n" for text in DOCUMENTS))
-    return path
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("LORAPRE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def load(*data: Path | str, **settings: object) -> TextCorpus:
-    defaults: dict[str, object] = {"tokenizer": "bpe:300", "sequence_length": 16}
-    return load_corpus([str(entry) for entry in data], **(defaults | settings))  # type: ignore[arg-type]
 
 
 def texts(corpus: TextCorpus, side: str) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from _lab import (
+    FINISHED,
     Cli,
     Cut,
     assert_same_run,
@@ -190,15 +191,7 @@ def test_an_interrupted_twin_is_resumed_and_the_finished_run_kept(
         model="tiny.json",
         data="text.txt",
         valid_data="valid.txt",
-        tokenizer="bpe:300",
-        batch_size=8,
-        accumulation=2,
-        sequence_length=16,
-        steps=50,
-        log_every=1,
-        eval_every=20,
-        save_every=15,
-        seed=3,
+        **FINISHED,
         compare="adamw",
         out="run",
     )

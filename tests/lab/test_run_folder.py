@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from _lab import TINY, Cli, losses, optimizer_steps, options, records, sentences, summary, timeless
+from _lab import FINISHED, TINY, Cli, losses, optimizer_steps, options, records, sentences, summary, timeless
 from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,15 +48,7 @@ def test_its_config_loads_back_equal_and_begins_the_same_run(run: Path, lab: Pat
         model=str(lab / "tiny.json"),
         data=[str(lab / "text.txt")],
         valid_data=[str(lab / "valid.txt")],
-        tokenizer="bpe:300",
-        batch_size=8,
-        accumulation=2,
-        sequence_length=16,
-        steps=50,
-        log_every=1,
-        eval_every=20,
-        save_every=15,
-        seed=3,
+        **FINISHED,
         optimizer=optimizer,
         compare=["adamw"] if part == MAIN else [],
     )

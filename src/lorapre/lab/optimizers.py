@@ -13,6 +13,7 @@ from lorapre import LoRAPreAdamW, param_groups
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.errors import UserError
 from lorapre.optim.adamw import PAPER_PRESET
+from lorapre.routing import matrix_view
 
 ClassAndKwargs = tuple[type[torch.optim.Optimizer], dict[str, Any]]
 Build = Callable[[nn.Module, PretrainConfig, float, float], ClassAndKwargs]
@@ -88,11 +89,17 @@ def check_rank_compresses(model: nn.Module, config: PretrainConfig) -> None:
         UserError: nothing would be compressed.
     """
     groups = param_groups(model, rank=config.rank)
-    candidates = [param for group in groups if group.get("compress", True) for _, param in group["params"]]
-    sides = [min(param.shape[0], param[0].numel()) for param in candidates]
-    if isinstance(config.rank, int) and config.rank >= max(sides, default=0):
+    shapes = [
+        (param.shape, group.get("view_3d", "stack"))
+        for group in groups
+        if group.get("compress", True)
+        for _, param in group["params"]
+    ]
+    if not any(matrix_view(shape, config.rank, view_3d) for shape, view_3d in shapes):
+        views = [view for shape, view_3d in shapes if (view := matrix_view(shape, 1, view_3d)) is not None]
+        largest = max((min(view.p, view.q) for view in views), default=0)
         raise UserError(
             f"--rank {config.rank}: no matrix of --model {config.model} has a smaller side above it (the largest is "
-            f"{max(sides, default=0)}), so nothing would be compressed. Give a smaller rank, or a fraction such as "
+            f"{largest}), so nothing would be compressed. Give a smaller rank, or a fraction such as "
             "0.25."
         )
