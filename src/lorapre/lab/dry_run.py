@@ -31,15 +31,15 @@ def print_dry_run(config: PretrainConfig, console: Console) -> None:
     model = plan.model.build(config.seed, device="meta")
     entry = OPTIMIZERS[config.optimizer]
     memory = estimate_memory(param_groups(model, rank=config.rank))
-    state = memory.state if entry.factored else memory.adamw_state
-    scratch = memory.scratch if entry.factored else 0
+    state = memory.state if entry.ranked else memory.adamw_state
+    scratch = memory.scratch if entry.ranked else 0
     parameters = sum(param.numel() for param in model.parameters())
 
     table = Table.grid(padding=(0, 2))
     rows = [
         ("model", f"{config.model}, {parameters:,} parameters, vocabulary of {model.config.vocab_size:,}"),
         ("data", ", ".join(config.data)),
-        ("optimizer", config.optimizer + (f", rank {config.rank}" if entry.factored else "")),
+        ("optimizer", config.optimizer + (f", rank {config.rank}" if entry.ranked else "")),
         ("steps", f"{config.total_steps:,}"),
         (
             "tokens",
@@ -49,7 +49,7 @@ def print_dry_run(config: PretrainConfig, console: Console) -> None:
         ("weights", format_bytes(memory.weights)),
         ("gradients", format_bytes(memory.gradients)),
         ("optimizer state", f"{format_bytes(state)} (AdamW: {format_bytes(memory.adamw_state)})"),
-        ("step scratch", f"at most {format_bytes(scratch)}" if entry.factored else "none"),
+        ("step scratch", f"at most {format_bytes(scratch)}" if entry.ranked else "none"),
         ("sum", f"{format_bytes(memory.weights + memory.gradients + state + scratch)}, activations not counted"),
     ]
     for name, value in rows:

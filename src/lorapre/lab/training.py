@@ -13,13 +13,14 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, Subset
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
+from lorapre.lab.baselines.factorised import merge_factorised
 from lorapre.lab.callbacks import AlreadyTrained, CheckpointMarker, LastStep, MetricsWriter, ProgressBar, perplexity
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.data import BlockDataset, TextCorpus
 from lorapre.lab.optimizers import find_optimizer
+from lorapre.lab.optimizers.measure import state_bytes
 from lorapre.lab.plots import plot_loss
 from lorapre.lab.run_folder import RunFolder, write_atomically, write_json
-from lorapre.optim.summary import tensor_bytes
 
 
 def schedule_arguments(config: PretrainConfig, lr: float) -> dict[str, Any]:
@@ -137,6 +138,9 @@ def train(
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     entry = find_optimizer(config.optimizer)
+    torch.serialization.add_safe_globals(entry.checkpoint_types())
+    if entry.prepare is not None:
+        entry.prepare(model, config)
     lr = entry.default_lr if config.lr is None else config.lr
     dense_lr = entry.default_dense_lr if config.dense_lr is None else config.dense_lr
     arguments = training_arguments(config, folder, lr, micro_batch)
@@ -178,7 +182,7 @@ def train(
         "model": config.model,
         "parameters": sum(param.numel() for param in model.parameters()),
         "data": corpus.description,
-        "rank": config.rank if entry.factored else None,
+        "rank": config.rank if entry.ranked else None,
         "lr": lr,
         "dense_lr": dense_lr,
         "steps": config.total_steps,
@@ -206,7 +210,7 @@ def _last_validation(trainer: Trainer, steps: int) -> float:
 
 
 def _write_results(folder: RunFolder, trainer: Trainer, corpus: TextCorpus, summary: dict[str, Any]) -> None:
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = merge_factorised(trainer.accelerator.unwrap_model(trainer.model))
 
     def save(path: Any) -> None:
         model.save_pretrained(path)
@@ -226,11 +230,6 @@ def _unwrapped(optimizer: Any) -> Optimizer:
     """The optimizer inside accelerate's wrapper."""
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
-
-
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of every tensor that ``optimizer`` holds, measured."""
-    return sum(tensor_bytes(state) for state in optimizer.state.values())
 
 
 def adamw_state_bytes(model: torch.nn.Module) -> int:

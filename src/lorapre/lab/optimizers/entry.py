@@ -1,0 +1,124 @@
+"""What a row of the registry holds, and what the recipes may ask of it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorapre import param_groups
+from lorapre.lab.config import PretrainConfig
+from lorapre.lab.errors import UserError
+from lorapre.routing import matrix_view
+
+Group = dict[str, Any]
+ClassAndKwargs = tuple[type[torch.optim.Optimizer], dict[str, Any]]
+Build = Callable[[nn.Module, PretrainConfig, float, float], ClassAndKwargs]
+Prepare = Callable[[nn.Module, PretrainConfig], None]
+MatrixBytes = Callable[[int, int, int], int]
+
+
+def _no_types() -> list[type]:
+    return []
+
+
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """One optimizer, or one way to factorise the weights, as the recipes see it.
+
+    All of them move the matrices of attention and MLP; embeddings, head and norms take plain AdamW with
+    ``dense_lr`` under every one, so that runs differ in the treatment of the matrices alone.
+
+    Attributes:
+        name: what ``--optimizer`` takes.
+        title: what figures and tables print.
+        source: paper, and where the implementation comes from.
+        build: ``build(model, config, lr, dense_lr)`` gives the class and keywords that ``transformers.Trainer`` takes.
+        state_bytes: bytes of optimizer state of one float32 matrix of (p, q) at rank r; r is ignored where the
+            method has none.
+        default_lr: peak learning rate of the matrices where none is given.
+        default_dense_lr: peak learning rate of everything else.
+        lr_grid: where ``lorapre compare --lr-grid auto`` begins to search, ascending.
+        ranked: whether ``--rank`` means something.
+        package: the distribution that holds the implementation, if it is not this one or torch.
+        prepare: changes the model before the optimizer is built (factorised weights); None leaves it as it is.
+        limitations: what a reader of a table should know about this implementation; empty if there is nothing.
+        checkpoint_types: classes of Python objects in the optimizer's state, which ``torch.load`` must be told of.
+    """
+
+    name: str
+    title: str
+    source: str
+    build: Build
+    state_bytes: MatrixBytes
+    default_lr: float
+    default_dense_lr: float
+    lr_grid: tuple[float, ...]
+    ranked: bool
+    package: str | None = None
+    prepare: Prepare | None = None
+    limitations: str = ""
+    checkpoint_types: Callable[[], list[type]] = _no_types
+
+    def installed_version(self) -> str | None:
+        """Version of ``package``; torch's where the optimizer needs none; None if it is not installed."""
+        try:
+            return importlib.metadata.version(self.package or "torch")
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    def check_installed(self, option: str) -> None:
+        """Raise ``UserError`` where ``package`` is missing; ``option`` is named in the message."""
+        if self.installed_version() is None:
+            raise UserError(
+                f"{option} {self.name}: needs the package {self.package}, which is not installed. Install it, or all "
+                "of the compared optimizers: pip install 'lorapre[peers]'."
+            )
+
+
+@dataclass(frozen=True)
+class ParameterSplit:
+    """A model's trainable parameters: matrices by their rank, and groups of everything else.
+
+    Attributes:
+        low_rank: rank to the named matrices (p, q) that it compresses; one entry for each rank that a fraction gives.
+        full_rank: named matrices whose smaller side is not above the rank (all of them, where no rank is given).
+        dense: groups of embeddings, head, norms, biases and whatever has more than two dimensions.
+    """
+
+    low_rank: dict[int, list[tuple[str, nn.Parameter]]]
+    full_rank: list[tuple[str, nn.Parameter]]
+    dense: list[Group]
+
+
+def split_parameters(model: nn.Module, *, rank: int | float | None, dense_lr: float) -> ParameterSplit:
+    """Split ``model``'s parameters as `lorapre.param_groups` does; ``rank`` None compresses no matrix."""
+    low_rank: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    full_rank: list[tuple[str, nn.Parameter]] = []
+    dense: list[Group] = []
+    for group in param_groups(model, dense={"lr": dense_lr}):
+        if not group.pop("compress", True):
+            dense.append(group)
+            continue
+        others = []
+        for name, param in group["params"]:
+            if param.ndim != 2:
+                others.append((name, param))
+                continue
+            view = None if rank is None else matrix_view(param.shape, rank, "stack")
+            if view is None:
+                full_rank.append((name, param))
+            else:
+                low_rank.setdefault(view.rank, []).append((name, param))
+        if others:
+            dense.append({"params": others, "lr": dense_lr})
+    return ParameterSplit(low_rank, full_rank, dense)
+
+
+def geometric_grid(center: float, factor: float = 2.0, each_side: int = 2) -> tuple[float, ...]:
+    """``center`` and ``each_side`` learning rates below and above it, ascending."""
+    return tuple(center * factor**power for power in range(-each_side, each_side + 1))

@@ -1,0 +1,58 @@
+"""Two optimizers behind one `torch.optim.Optimizer`: one for the matrices, one for everything else."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from lorapre.lab.optimizers.entry import Group
+
+#: Makes an optimizer of its groups. Called when the model is on its device, so that state is created there.
+Part = tuple[Callable[[list[Group]], Optimizer], list[Group]]
+
+
+class HybridOptimizer(Optimizer):
+    """Steps several optimizers in turn, and shows their groups as one list, which schedulers change in place.
+
+    The state dict holds one state dict a part.
+    """
+
+    def __init__(self, params: Sequence[Part]) -> None:
+        self.parts = [make(groups) for make, groups in params if groups]
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._show_parts()
+
+    def _show_parts(self) -> None:
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.state = ChainMap(*(part.state for part in self.parts))  # type: ignore[assignment]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Step every part; ``closure`` is evaluated once, with gradients, before them."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"parts": [state dict of each part]}``."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` gave.
+
+        Raises:
+            ValueError: it is of another number of parts.
+        """
+        states = state_dict["parts"]
+        if len(states) != len(self.parts):
+            raise ValueError(f"state_dict holds {len(states)} parts, this optimizer has {len(self.parts)}.")
+        for part, state in zip(self.parts, states, strict=True):
+            part.load_state_dict(state)
+        self._show_parts()
