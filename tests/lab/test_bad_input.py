@@ -334,7 +334,7 @@ def test_a_run_that_ends_before_it_begins_leaves_nothing_and_offers_no_way_on(
     def stop(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr("lorapre.lab.pretrain.load_corpus", stop)
+    monkeypatch.setattr("lorapre.lab.preparation.load_corpus", stop)
     before = tree(here)
     outcome = pretrain(*arguments(here, {}))
     assert outcome.code in (1, 130)

@@ -13,7 +13,7 @@ from _lab import Cli, losses, options, records, summary, tree, write_model
 
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.errors import UserError
-from lorapre.lab.pretrain import plan_run
+from lorapre.lab.preparation import plan_run
 
 
 def torchrun(here: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -121,7 +121,7 @@ def test_the_summary_says_what_was_trained(run: Path, lab: Path, part: str) -> N
     assert "validated on valid.txt" in facts["data"]
     assert facts["tokens_per_second"] == pytest.approx(facts["tokens"] / facts["seconds"], rel=0.2)
     assert facts["bigram_perplexity"] == pytest.approx(np.exp(facts["bigram_loss"]))
-    assert facts["peak_device_bytes"] is None or torch.cuda.is_available()
+    assert facts["peak_bytes"] > 4 * facts["parameters"]
 
 
 @pytest.mark.parametrize("part", [MAIN, TWIN])

@@ -14,6 +14,7 @@ from rich.table import Column
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorapre.lab.errors import TrainingDivergedError
 from lorapre.lab.run_folder import COMPLETE_MARKER, RunFolder
 
 
@@ -80,6 +81,23 @@ class MetricsWriter(TrainerCallback):
         record["seconds"] = round(self.seconds, 3)
         with self._folder.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+class DivergenceGuard(TrainerCallback):
+    """Stops a run whose logged loss or validation loss is not finite: no optimizer comes back from there."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        for name, words in (("loss", "training loss"), ("eval_loss", "validation loss")):
+            value = (logs or {}).get(name)
+            if value is not None and not math.isfinite(value):
+                raise TrainingDivergedError(f"The {words} is {value} at step {state.global_step}")
 
 
 class AlreadyTrained(Exception):  # noqa: N818  (no error: it stops the Trainer from going on)

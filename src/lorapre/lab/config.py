@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lorapre.lab.errors import UserError
 from lorapre.routing import check_rank
+
+#: Options, and where they were given.
+Layer = tuple[str, Mapping[str, Any]]
+_Config = TypeVar("_Config", bound=BaseModel)
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -50,6 +54,7 @@ class PretrainConfig(BaseModel):
     steps: Annotated[int, Field(ge=1)] | None = None
     tokens: Annotated[int, Field(ge=1)] | None = None
     bf16: bool = False
+    compile: bool = False
 
     log_every: Annotated[int, Field(ge=1)] | None = None
     eval_every: Annotated[int, Field(ge=1)] | None = None
@@ -170,14 +175,34 @@ def build_config(
     Raises:
         UserError: an unknown preset or key, an unreadable file, or a value out of range.
     """
-    layers: list[tuple[str, Mapping[str, Any]]] = []
-    if preset is not None:
-        if preset not in PRESETS:
-            raise UserError(f"--preset {preset}: there is no such preset. Choose one of {', '.join(PRESETS)}.")
-        layers.append((f"--preset {preset}", PRESETS[preset]))
+    layers = preset_layer(preset)
     if config_file is not None:
         layers.append((str(config_file), read_yaml(config_file)))
     layers.append(("the command line", options))
+    return validated(PretrainConfig, layers)
+
+
+def preset_layer(preset: str | None) -> list[Layer]:
+    """The options of a preset, if one is named, with where they come from.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if preset is None:
+        return []
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: there is no such preset. Choose one of {', '.join(PRESETS)}.")
+    return [(f"--preset {preset}", PRESETS[preset])]
+
+
+def validated(kind: type[_Config], layers: Sequence[Layer]) -> _Config:
+    """A ``kind`` from all ``layers``, the later ones winning.
+
+    ``steps`` given in one layer replaces ``tokens`` of an earlier one, and the other way round.
+
+    Raises:
+        UserError: an unknown key, or a value out of range.
+    """
     merged: dict[str, Any] = {}
     for _, layer in layers:
         for one, other in (("steps", "tokens"), ("tokens", "steps")):
@@ -185,9 +210,9 @@ def build_config(
                 merged.pop(other, None)
         merged.update(layer)
     try:
-        return PretrainConfig.model_validate(merged)
+        return kind.model_validate(merged)
     except ValidationError as error:
-        raise UserError(_explain(error, layers)) from None
+        raise UserError(_explain(error, kind, layers)) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -213,7 +238,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _explain(error: ValidationError, layers: list[tuple[str, Mapping[str, Any]]]) -> str:
+def _explain(error: ValidationError, kind: type[BaseModel], layers: Sequence[Layer]) -> str:
     """One sentence a problem: the option, where it was set, its value, what would be right."""
     sentences = []
     for problem in error.errors():
@@ -221,7 +246,7 @@ def _explain(error: ValidationError, layers: list[tuple[str, Mapping[str, Any]]]
         message = problem["msg"].removeprefix("Value error, ").rstrip(".")
         if problem["type"] == "extra_forbidden":
             origin = next(source for source, layer in layers if name in layer)
-            known = ", ".join(PretrainConfig.model_fields)
+            known = ", ".join(kind.model_fields)
             sentences.append(f"{origin}: there is no option {name!r}. The options are {known}.")
         elif not name:
             sentences.append(f"{message}.")

@@ -14,7 +14,7 @@ from lorapre.lab.config import PretrainConfig
 from lorapre.lab.data.tokenizer import bpe_vocabulary
 from lorapre.lab.models import PUBLISHED_VOCABULARY
 from lorapre.lab.optimizers import OPTIMIZERS
-from lorapre.lab.pretrain import Plan, plan_run
+from lorapre.lab.preparation import Plan, plan_run
 from lorapre.optim.summary import format_bytes
 
 

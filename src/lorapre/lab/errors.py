@@ -7,3 +7,7 @@ class UserError(Exception):
     The message is one paragraph: it names the argument or file, the value found there, and the remedy.
     The command line prints it without a traceback and exits with code 2; nothing has been trained by then.
     """
+
+
+class TrainingDivergedError(Exception):
+    """The loss of a run is no longer finite; the message says which, and at which step."""

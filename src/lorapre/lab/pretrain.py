@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,15 +11,12 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from rich.markup import escape
 
 from lorapre.lab.config import PretrainConfig, build_config
-from lorapre.lab.data import BlockDataset, TextCorpus, check_data_spec, load_corpus
+from lorapre.lab.data import TextCorpus
 from lorapre.lab.errors import UserError
-from lorapre.lab.models import ModelSpec, resolve_model
-from lorapre.lab.optimizers import check_rank_compresses, find_optimizer
 from lorapre.lab.plots import plot_loss
-from lorapre.lab.provenance import provenance
+from lorapre.lab.preparation import Plan, load_planned_corpus, plan_run, record_provenance
 from lorapre.lab.run_folder import RunFolder, write_atomically, write_json
 from lorapre.lab.training import train
 
@@ -32,37 +26,6 @@ _Result = TypeVar("_Result")
 def process_state() -> PartialState:
     """This process among those of a torchrun job; without a GPU they talk through gloo, if accelerate is told so."""
     return PartialState(cpu=not torch.accelerator.is_available())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A configuration that has been checked as far as possible without reading the data."""
-
-    config: PretrainConfig
-    model: ModelSpec
-    tokenizer: str | None
-    micro_batch: int
-
-
-def plan_run(config: PretrainConfig, processes: int = 1) -> Plan:
-    """Check model, optimizers, rank, data and batch against each other.
-
-    Raises:
-        UserError: they do not fit.
-    """
-    for name in (config.optimizer, *config.compare):
-        find_optimizer(name, "--optimizer" if name == config.optimizer else "--compare")
-    kind = check_data_spec(config.data)
-    model = resolve_model(config.model).with_sequence(config.sequence_length)
-    check_rank_compresses(model.build(config.seed, device="meta"), config)
-    pieces = config.accumulation * processes
-    if config.batch_size % pieces:
-        raise UserError(
-            f"--batch-size {config.batch_size}: cannot be split into --accumulation {config.accumulation} x "
-            f"{processes} process(es) equal parts. Give a multiple of {pieces}."
-        )
-    tokenizer = config.tokenizer or model.checkpoint or (model.default_tokenizer if kind != "hub" else None)
-    return Plan(config, model, tokenizer, config.batch_size // pieces)
 
 
 def default_out(config: PretrainConfig) -> Path:
@@ -176,16 +139,15 @@ def _first_process_first(action: Callable[[], _Result]) -> _Result:
 def _prepare(plan: Plan, folder: RunFolder, console: Console, *, resume: bool) -> tuple[TextCorpus, float]:
     """All that can still go wrong before training: the data, its fit to the model and the batch, the disk."""
     config = plan.config
-    corpus = _load_corpus(plan, console)
-    plan.model.with_vocabulary(len(corpus.tokenizer), corpus.max_token_id)
-    _check_blocks(corpus, config)
+    corpus = load_planned_corpus(plan, console)
     bigram = float("nan")
     if process_state().is_main_process:
         bigram = corpus.bigram_cross_entropy()
         folder.check_space(_disk_bytes(plan))
         if not resume:
             _write_config(folder, config)  # first: --resume takes a folder that has it
-        _record_provenance(folder, corpus, config, resume=resume)
+        option = f"--resume --out {folder.path}"
+        record_provenance(folder.provenance, corpus, seed=config.seed, option=option)
     return corpus, bigram
 
 
@@ -194,75 +156,9 @@ def _write_config(folder: RunFolder, config: PretrainConfig) -> None:
     write_atomically(folder.config, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _load_corpus(plan: Plan, console: Console) -> TextCorpus:
-    config = plan.config
-    with _status(console) as status:
-        return load_corpus(
-            config.data,
-            tokenizer=plan.tokenizer,
-            sequence_length=config.sequence_length,
-            text_field=config.text_field,
-            valid_data=config.valid_data,
-            valid_fraction=config.valid_fraction,
-            max_valid_tokens=config.valid_tokens,
-            seed=config.seed,
-            status=status,
-        )
-
-
-@contextmanager
-def _status(console: Console) -> Iterator[Any]:
-    if not console.is_terminal:
-        yield lambda message: console.print(message, style="dim", markup=False)
-        return
-    with console.status("preparing the data") as spinner:
-        yield lambda message: spinner.update(escape(message))
-
-
-def _check_blocks(corpus: TextCorpus, config: PretrainConfig) -> None:
-    if corpus.train_tokens is None:
-        return
-    blocks = corpus.train_tokens // config.sequence_length
-    if blocks < config.batch_size:
-        raise UserError(
-            f"--data {' '.join(config.data)}: holds {corpus.train_tokens:,} training tokens, that is {blocks} "
-            f"sequences of {config.sequence_length}, fewer than --batch-size {config.batch_size}. Give more text, or a "
-            "smaller --batch-size or --sequence-length."
-        )
-
-
 def _disk_bytes(plan: Plan) -> int:
     """Room for the checkpoints that are kept, one that is being written, and the final model, in float32."""
     parameters = sum(param.numel() for param in plan.model.build(0, device="meta").parameters())
     checkpoint = 3 * 4 * parameters  # weights, and at most two numbers of state a weight
     runs = 1 + len(plan.config.compare)
     return runs * ((plan.config.keep_checkpoints + 1) * checkpoint + 4 * parameters)
-
-
-def _fingerprint(corpus: TextCorpus) -> dict[str, Any]:
-    backend = getattr(corpus.tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(corpus.tokenizer.get_vocab(), sort_keys=True)
-    train = corpus.train  # a stream is not read in advance
-    return {
-        "description": corpus.description,
-        "train_tokens": corpus.train_tokens,
-        "valid_tokens": corpus.valid_tokens,
-        "tokenizer_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "train_sha256": hashlib.sha256(train.tokens.data).hexdigest() if isinstance(train, BlockDataset) else None,
-        "valid_sha256": hashlib.sha256(corpus.valid.tokens.data).hexdigest(),
-    }
-
-
-def _record_provenance(folder: RunFolder, corpus: TextCorpus, config: PretrainConfig, *, resume: bool) -> None:
-    data = _fingerprint(corpus)
-    if resume and folder.provenance.exists():
-        before = json.loads(folder.provenance.read_text(encoding="utf-8"))["data"]
-        changed = [key for key, value in data.items() if key in before and before[key] != value]
-        if changed:
-            key = changed[0]
-            raise UserError(
-                f"--resume --out {folder.path}: the data is not what the run began with: {key} was {before[key]}, now "
-                f"it is {data[key]}. Restore the data (or the Python that supplied it), or start a new run."
-            )
-        return
-    write_json(folder.provenance, provenance(seed=config.seed) | {"data": data})

@@ -14,13 +14,22 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, Subset
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 
 from lorapre.lab.baselines.factorised import merge_factorised
-from lorapre.lab.callbacks import AlreadyTrained, CheckpointMarker, LastStep, MetricsWriter, ProgressBar, perplexity
+from lorapre.lab.callbacks import (
+    AlreadyTrained,
+    CheckpointMarker,
+    DivergenceGuard,
+    LastStep,
+    MetricsWriter,
+    ProgressBar,
+    perplexity,
+)
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.data import BlockDataset, TextCorpus
-from lorapre.lab.optimizers import find_optimizer
+from lorapre.lab.optimizers import find_optimizer, matrix_parameters, matrix_state_bytes
 from lorapre.lab.optimizers.measure import state_bytes
 from lorapre.lab.plots import plot_loss
 from lorapre.lab.run_folder import RunFolder, write_atomically, write_json
+from lorapre.lab.timing import StepTimer, peak_bytes
 
 
 def schedule_arguments(config: PretrainConfig, lr: float) -> dict[str, Any]:
@@ -38,8 +47,10 @@ def schedule_arguments(config: PretrainConfig, lr: float) -> dict[str, Any]:
     }
 
 
-def training_arguments(config: PretrainConfig, folder: RunFolder, lr: float, micro_batch: int) -> TrainingArguments:
-    """``config`` in the Trainer's words."""
+def training_arguments(
+    config: PretrainConfig, folder: RunFolder, lr: float, micro_batch: int, *, checkpoints: bool
+) -> TrainingArguments:
+    """``config`` in the Trainer's words; without ``checkpoints`` none is saved on the way."""
     return TrainingArguments(
         output_dir=str(folder.checkpoints),
         max_steps=config.total_steps,
@@ -51,6 +62,7 @@ def training_arguments(config: PretrainConfig, folder: RunFolder, lr: float, mic
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         bf16=config.bf16,
+        torch_compile=config.compile,
         use_cpu=not torch.accelerator.is_available(),  # else the Trainer takes bf16 for a GPU's
         seed=config.seed,
         data_seed=config.seed,
@@ -59,7 +71,7 @@ def training_arguments(config: PretrainConfig, folder: RunFolder, lr: float, mic
         eval_strategy="steps",
         eval_steps=config.eval_interval,
         prediction_loss_only=True,
-        save_strategy="steps",
+        save_strategy="steps" if checkpoints else "no",
         save_steps=config.save_interval,
         save_total_limit=config.keep_checkpoints,
         dataloader_drop_last=True,
@@ -121,6 +133,7 @@ def train(
     micro_batch: int,
     bigram: float,
     resume: bool,
+    keep_model: bool = True,
 ) -> dict[str, Any]:
     """Train once, fill ``folder``, and return its summary.
 
@@ -133,17 +146,26 @@ def train(
         micro_batch: sequences in one forward pass of one process.
         bigram: cross-entropy of the bigram model on the validation text.
         resume: go on from the last complete checkpoint, if there is one.
+        keep_model: save checkpoints on the way and the model at the end; else metrics and summary alone.
+
+    Raises:
+        TrainingDivergedError: the loss is no longer finite.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     entry = find_optimizer(config.optimizer)
-    torch.serialization.add_safe_globals(entry.checkpoint_types())
+    torch.serialization.add_safe_globals(list(entry.checkpoint_types()))
+    others = {id(param) for param in model.parameters()} - {id(param) for param in matrix_parameters(model)}
+    formula_bytes = matrix_state_bytes(entry, model, config.rank)
     if entry.prepare is not None:
         entry.prepare(model, config)
+    matrices = [param for param in model.parameters() if param.requires_grad and id(param) not in others]
     lr = entry.default_lr if config.lr is None else config.lr
     dense_lr = entry.default_dense_lr if config.dense_lr is None else config.dense_lr
-    arguments = training_arguments(config, folder, lr, micro_batch)
+    arguments = training_arguments(config, folder, lr, micro_batch, checkpoints=keep_model)
+    if arguments.n_gpu > 1:  # DataParallel, in which the Trainer would multiply the batch; torchrun is for several
+        arguments._n_gpu = 1
     main = arguments.process_index == 0
 
     checkpoint = folder.last_checkpoint() if resume and main else None
@@ -156,6 +178,7 @@ def train(
         done = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
         previous = folder.rewind_metrics(done)
     metrics = MetricsWriter(folder, config.tokens_per_step, previous)
+    timer = StepTimer()
     bar = ProgressBar(console, config.optimizer, config.tokens_per_step)
     trainer = _LabTrainer(
         config.batch_size,
@@ -164,7 +187,7 @@ def train(
         args=arguments,
         train_dataset=corpus.train,
         optimizer_cls_and_kwargs=entry.build(model, config, lr, dense_lr),
-        callbacks=[metrics, LastStep(), CheckpointMarker(), *([bar] if main else [])],
+        callbacks=[metrics, timer, DivergenceGuard(), LastStep(), CheckpointMarker(), *([bar] if main else [])],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -177,7 +200,7 @@ def train(
         bar.stop()
     metrics.pause()
     valid_loss = _last_validation(trainer, config.total_steps)
-    summary = {
+    summary: dict[str, Any] = {
         "optimizer": config.optimizer,
         "model": config.model,
         "parameters": sum(param.numel() for param in model.parameters()),
@@ -191,14 +214,26 @@ def train(
         "valid_perplexity": perplexity(valid_loss),
         "bigram_loss": bigram,
         "bigram_perplexity": perplexity(bigram),
+        "best_valid_loss": _best_validation(folder, valid_loss),
         "state_bytes": state_bytes(_unwrapped(trainer.optimizer)),
+        "matrix_state_bytes": state_bytes(_unwrapped(trainer.optimizer), matrices),
+        "formula_bytes": formula_bytes,
         "adamw_state_bytes": adamw_state_bytes(model),
         "seconds": round(metrics.seconds, 1),
         "tokens_per_second": round(config.total_steps * config.tokens_per_step / max(metrics.seconds, 1e-9), 1),
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "peak_bytes": peak_bytes(),
+        **timer.results(),
     }
     if main:
-        _write_results(folder, trainer, corpus, summary)
+        if keep_model:
+            _save_model(folder, trainer, corpus)
+            plot_loss(
+                folder.plot,
+                {summary["optimizer"]: folder.read_metrics()},
+                bigram=bigram,
+                title=f"{config.model} on {corpus.description}",
+            )
+        write_json(folder.summary, summary)
     return summary
 
 
@@ -209,7 +244,11 @@ def _last_validation(trainer: Trainer, steps: int) -> float:
     return float(trainer.evaluate()["eval_loss"])
 
 
-def _write_results(folder: RunFolder, trainer: Trainer, corpus: TextCorpus, summary: dict[str, Any]) -> None:
+def _best_validation(folder: RunFolder, last: float) -> float:
+    return min((record["valid_loss"] for record in folder.read_metrics() if "valid_loss" in record), default=last)
+
+
+def _save_model(folder: RunFolder, trainer: Trainer, corpus: TextCorpus) -> None:
     model = merge_factorised(trainer.accelerator.unwrap_model(trainer.model))
 
     def save(path: Any) -> None:
@@ -217,13 +256,6 @@ def _write_results(folder: RunFolder, trainer: Trainer, corpus: TextCorpus, summ
         corpus.tokenizer.save_pretrained(path)
 
     write_atomically(folder.model, save)
-    plot_loss(
-        folder.plot,
-        {summary["optimizer"]: folder.read_metrics()},
-        bigram=summary["bigram_loss"],
-        title=f"{summary['model']} on {summary['data']}",
-    )
-    write_json(folder.summary, summary)
 
 
 def _unwrapped(optimizer: Any) -> Optimizer:

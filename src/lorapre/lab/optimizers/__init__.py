@@ -9,13 +9,24 @@ from torch import nn
 from lorapre import param_groups
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.errors import UserError
-from lorapre.lab.optimizers import ours
+from lorapre.lab.optimizers import galore_family, low_rank, ours, packaged, torch_peers, weights
 from lorapre.lab.optimizers.entry import OptimizerEntry
-from lorapre.routing import matrix_view
+from lorapre.routing import matrix_view, resolve_rank
 
-__all__ = ["OPTIMIZERS", "OptimizerEntry", "check_rank_compresses", "find_optimizer"]
+__all__ = [
+    "OPTIMIZERS",
+    "OptimizerEntry",
+    "check_rank_compresses",
+    "find_optimizer",
+    "matrix_parameters",
+    "matrix_state_bytes",
+]
 
-OPTIMIZERS: Mapping[str, OptimizerEntry] = {entry.name: entry for module in (ours,) for entry in module.ENTRIES}
+OPTIMIZERS: Mapping[str, OptimizerEntry] = {
+    entry.name: entry
+    for module in (ours, torch_peers, packaged, galore_family, low_rank, weights)
+    for entry in module.ENTRIES
+}
 
 
 def find_optimizer(name: str, option: str = "--optimizer") -> OptimizerEntry:
@@ -29,6 +40,27 @@ def find_optimizer(name: str, option: str = "--optimizer") -> OptimizerEntry:
     entry = OPTIMIZERS[name]
     entry.check_installed(option)
     return entry
+
+
+def matrix_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of ``model`` that the compared optimizers treat each in its own way: attention and MLP."""
+    return [param for group in param_groups(model) if group.get("compress", True) for _, param in group["params"]]
+
+
+def matrix_state_bytes(entry: OptimizerEntry, model: nn.Module, rank: int | float) -> int | None:
+    """Bytes that ``entry`` should hold for the float32 matrices of ``model``, by its formula.
+
+    ``model`` is the one before ``entry.prepare``. Matrices whose smaller side is not above the rank count as AdamW's.
+    None where a weight has more than two dimensions: the formulas are of matrices.
+    """
+    total = 0
+    for param in matrix_parameters(model):
+        if param.ndim != 2:
+            return None
+        p, q = param.shape
+        r = resolve_rank(rank, p, q)
+        total += entry.state_bytes(p, q, r) if not entry.ranked or r < min(p, q) else 4 * (2 * p * q + 1)
+    return total
 
 
 def check_rank_compresses(model: nn.Module, config: PretrainConfig) -> None:

@@ -15,6 +15,16 @@ from lorapre.lab.optimizers.entry import Group
 Part = tuple[Callable[[list[Group]], Optimizer], list[Group]]
 
 
+class _JointState(ChainMap[Any, Any]):
+    """The states of all parts, each parameter's where it is; a plain ChainMap would make an empty one in the first."""
+
+    def __getitem__(self, key: Any) -> Any:
+        for state in self.maps:
+            if key in state:
+                return state[key]
+        return self.__missing__(key)
+
+
 class HybridOptimizer(Optimizer):
     """Steps several optimizers in turn, and shows their groups as one list, which schedulers change in place.
 
@@ -28,9 +38,9 @@ class HybridOptimizer(Optimizer):
 
     def _show_parts(self) -> None:
         self.param_groups = [group for part in self.parts for group in part.param_groups]
-        self.state = ChainMap(*(part.state for part in self.parts))  # type: ignore[assignment]
+        self.state = _JointState(*(part.state for part in self.parts))  # type: ignore[assignment]
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every part; ``closure`` is evaluated once, with gradients, before them."""
         loss = None
         if closure is not None:
