@@ -145,6 +145,16 @@ def fake_comparison() -> Comparison:
     )  # fmt: skip
 
 
+def unfinished_comparison() -> Comparison:
+    """The whole, and two of which no run of full length has been made: one has been searched, one has no run at all."""
+    whole, reason = fake_comparison(), "no run of full length has been made yet"
+    pairs = ((5e-4, 4.10), (1e-3, 4.02), (2e-3, 4.20))
+    searched = empty_row("sophia", "Sophia", "missing", reason, lr_losses=pairs)
+    runs = [run(searched.contestant, lr, 0, loss, 9.0, tokens=TOKENS // 2) for lr, loss in pairs]
+    untouched = empty_row("shampoo", "Shampoo", "missing", reason)
+    return replace(whole, rows=(*whole.rows, searched, untouched), runs=(*whole.runs, *runs))
+
+
 def small_comparison(*rows: Row) -> Comparison:
     """Rows without runs, for sentences."""
     return replace(fake_comparison(), rows=rows, runs=())

@@ -125,8 +125,8 @@ CASES: dict[str, Case] = {
     ),
     "sequence longer than the positions": Case({"sequence_length": 65}, ["--sequence-length 65", "64"]),
     # optimizer
-    "unknown optimizer": Case({"optimizer": "sgd"}, ["--optimizer sgd", "lorapre-adamw", "adamw"]),
-    "unknown twin": Case({"compare": "sgd"}, ["--compare sgd", "lorapre-adamw"]),
+    "unknown optimizer": Case({"optimizer": "adagrad"}, ["--optimizer adagrad", "lorapre-adamw", "adamw"]),
+    "unknown twin": Case({"compare": "adagrad"}, ["--compare adagrad", "lorapre-adamw"]),
     "twin of itself": Case({"compare": "lorapre-adamw"}, ["--compare", "lorapre-adamw", "once"]),
     "rank 0": Case({"rank": 0}, ["--rank 0", ">= 1", "0.25"]),
     "rank -3": Case({"rank": -3}, ["--rank -3", ">= 1"]),

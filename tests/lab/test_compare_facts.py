@@ -6,16 +6,27 @@ import math
 import random
 import re
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from _comparison import BATCH, TOKENS, broken_run, empty_row, fake_comparison, run, small_comparison
+from _comparison import (
+    BATCH,
+    TOKENS,
+    broken_run,
+    empty_row,
+    fake_comparison,
+    run,
+    small_comparison,
+    unfinished_comparison,
+)
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from lorapre.lab.compare import facts, figures, page
-from lorapre.lab.compare.results import Row
+from lorapre.lab.compare.results import Comparison, Row
 from lorapre.lab.compare.style import styles
 
 COMPARISON = fake_comparison()
@@ -115,6 +126,16 @@ def test_headlines_warn_of_edges_of_losses_above_the_bigram_model_and_of_rows_wi
     assert "Without a result: LoRA-Pre Adam (paper) r=0.25 (diverged); Flora r=0.25 (failed)." in text
 
 
+def test_headlines_name_what_has_not_run_yet_apart_from_what_has_no_result() -> None:
+    found = facts.headlines(unfinished_comparison())
+    assert found[-1] == "Not run yet: Sophia r=0.25; Shampoo r=0.25."
+    assert found[-2] == "Without a result: LoRA-Pre Adam (paper) r=0.25 (diverged); Flora r=0.25 (failed)."
+    waiting = small_comparison(empty_row("adamw", "AdamW", "missing", "not yet"))
+    assert facts.headlines(waiting) == [
+        "No contestant has finished yet, so there is nothing to compare.", "Not run yet: AdamW r=0.25.",
+    ]  # fmt: skip
+
+
 def test_nothing_is_said_against_an_adamw_without_a_result() -> None:
     lost = replace(ADAMW, status="failed", loss=None, loss_spread=None, seeds=())
     text = "\n".join(facts.headlines(small_comparison(OURS, lost)))
@@ -175,6 +196,9 @@ def test_time_axis_is_the_runs_own_seconds_unless_they_shared_a_device() -> None
     assert "steps x measured step time" in figures.loss_figure(shared, "time").axes[0].get_xlabel()
     unknown = replace(shared, rows=(replace(ADAMW, train_ms=None),))
     assert facts.curves(unknown)[0].seconds == ()
+    (said,) = figures.loss_figure(unknown, "time").axes[0].texts
+    assert said.get_text() == "step times have not been measured yet"
+    assert not figures.loss_figure(unknown, "tokens").axes[0].texts
 
 
 def test_a_seed_that_broke_off_is_not_in_the_mean_but_is_drawn_until_it_ends() -> None:
@@ -231,18 +255,151 @@ def test_labels_of_the_state_figure_overlap_neither_each_other_nor_the_frame() -
         assert not a.overlaps(b), (one, other)
 
 
-def test_rates_figure_plots_every_finished_rate_and_a_cross_for_every_broken_one() -> None:
-    axes = figures.rates_figure(COMPARISON).axes[0]
-    found = {str(line.get_label()).replace("\n", " "): line for line in axes.get_lines()}
-    for row in COMPARISON.rows:
-        whole = [pair for pair in row.lr_losses if pair[1] is not None]
-        if whole:
-            line = found[facts.label(row)]
-            assert list(zip(line.get_xdata(), line.get_ydata(), strict=True)) == whole
-    crosses = sorted(x for line in axes.get_lines() if line.get_marker() == "x" for x in line.get_xdata())
-    assert crosses == sorted(lr for row in COMPARISON.rows for lr, loss in row.lr_losses if loss is None)
-    rings = sorted(line.get_xdata()[0] for line in axes.get_lines() if line.get_markersize() == 12)
-    assert rings == sorted(row.lr for row in COMPARISON.rows if row.loss is not None and row.lr is not None)
+def by_contestant(comparison: Comparison) -> dict[str, list[facts.RateLine]]:
+    found: dict[str, list[facts.RateLine]] = {}
+    for line in facts.rate_lines(comparison):
+        found.setdefault(line.row.contestant, []).append(line)
+    return found
+
+
+def test_a_line_against_learning_rate_holds_runs_of_one_length_and_the_first_seed() -> None:
+    short, full = by_contestant(COMPARISON)["muon"]
+    assert (short.tokens, short.full, short.chosen) == (TOKENS // 2, False, None)
+    assert [lr for lr, _ in short.losses] == [0.002, 0.004, 0.008, 0.016]
+    assert {loss for _, loss in short.losses} == {3.2411 + 0.61}
+    assert short.broken == (0.032,)
+    assert (full.tokens, full.full, full.broken) == (TOKENS, True, ())
+    assert full.losses == ((0.004, 3.2411 + 0.037), (0.008, 3.2411 - 0.0021), (0.016, 3.2411 + 0.061))
+    assert full.chosen == (0.008, 3.2411 - 0.0021)
+    later = replace(COMPARISON, runs=(*COMPARISON.runs, run("muon", 0.5, 1, 3.0, 41.0)))
+    assert by_contestant(later)["muon"] == [short, full]
+
+
+def test_a_contestant_that_was_only_searched_has_the_line_of_its_search() -> None:
+    unfinished = unfinished_comparison()
+    (line,) = by_contestant(unfinished)["sophia@0.25"]
+    assert line.losses == ((5e-4, 4.10), (1e-3, 4.02), (2e-3, 4.20))
+    assert (line.tokens, line.full, line.chosen) == (TOKENS // 2, False, None)
+    assert "shampoo@0.25" not in by_contestant(unfinished)
+    early = replace(  # nobody has a run of full length, so that the longest are not it
+        unfinished, rows=(line.row,), runs=tuple(r for r in unfinished.runs if r.contestant == "sophia@0.25")
+    )
+    assert [each.full for each in facts.rate_lines(early)] == [False]
+    assert facts.short_rates(early, line.row) == {5e-4, 1e-3, 2e-3}
+
+
+def test_runs_that_all_have_full_length_make_one_line_a_contestant() -> None:
+    grid = replace(COMPARISON, runs=tuple(r for r in COMPARISON.runs if r.tokens == TOKENS))
+    assert {len(each) for each in by_contestant(grid).values()} == {1}
+    assert all(line.full for line in facts.rate_lines(grid))
+    axes = figures.rates_figure(grid).axes[0]
+    assert all(
+        to_hex(line.get_markerfacecolor()) != "#ffffff" for line in axes.get_lines() if len(line.get_xdata()) > 1
+    )
+
+
+def test_range_of_losses_against_rates_shows_searches_and_full_runs_but_not_what_is_far_above() -> None:
+    low, high = facts.rates_range(facts.rate_lines(COMPARISON))
+    near = [
+        line
+        for line in facts.rate_lines(COMPARISON)
+        if line.row.optimizer not in ("low-rank-weights", "lorapre-adamw-paper")
+    ]
+    assert {line.full for line in near if line.losses} == {True, False}
+    for line in near:
+        best = min((loss for _, loss in line.losses), default=low)
+        assert low <= best < high
+    # One search line of many rates that end ever higher: two beyond its best count, the others do not stretch the axis.
+    losses = [3.3, 3.2, 3.25, 3.3, 4.5, 6.0, 9.0]
+    rates = [1e-4 * 2**i for i in range(len(losses))]
+    runs = [run("adamw", lr, 0, loss, 5.2, tokens=TOKENS // 2) for lr, loss in zip(rates, losses, strict=True)]
+    full = run("adamw", rates[1], 0, 2.1, 5.2)
+    comparison = replace(COMPARISON, rows=(replace(ADAMW, lr=rates[1]),), runs=(*runs, full))
+    low, high = facts.rates_range(facts.rate_lines(comparison))
+    assert 2.0 < low < 2.1
+    assert 3.3 < high < 3.4
+    axes = figures.rates_figure(comparison).axes[0]
+    arrows = [line for line in axes.get_lines() if line.get_marker() == figures.ABOVE]
+    assert [line.get_xdata()[0] for line in arrows] == rates[4:]
+    assert all(line.get_ydata()[0] > high for line in arrows)
+
+
+@pytest.mark.parametrize("comparison", [COMPARISON, unfinished_comparison()])
+def test_rates_figure_draws_each_length_of_run_apart_and_a_cross_for_every_broken_one(comparison: Comparison) -> None:
+    axes = figures.rates_figure(comparison).axes[0]
+    look = styles(comparison)
+    _, high = facts.rates_range(facts.rate_lines(comparison))
+    marks = [line for line in axes.get_lines() if line.get_linestyle() == "None"]
+    drawn = [line for line in axes.get_lines() if line.get_marker() not in (None, "None") and line not in marks]
+    expected = [line for line in facts.rate_lines(comparison) if line.losses]
+    assert len(drawn) == len(expected)
+    for curve, line in zip(drawn, expected, strict=True):
+        style = look[line.row.contestant]
+        assert tuple(zip(curve.get_xdata(), curve.get_ydata(), strict=True)) == line.losses
+        assert (curve.get_color(), curve.get_marker()) == (style.colour, style.marker)
+        assert (to_hex(curve.get_markerfacecolor()) == "#ffffff") is not line.full
+        assert curve.get_linewidth() == pytest.approx(style.width * (1 if line.full else 0.6))
+    crosses = sorted((line.get_xdata()[0], line.get_color()) for line in marks if line.get_marker() == "x")
+    broken = [(lr, look[line.row.contestant].colour) for line in facts.rate_lines(comparison) for lr in line.broken]
+    assert crosses == sorted(broken)
+    places = [(line.get_xdata()[0], line.get_ydata()[0]) for line in marks if line.get_marker() in ("x", figures.ABOVE)]
+    assert len(set(places)) == len(places)
+    assert all(high < y < axes.get_ylim()[1] for _, y in places)
+    assert axes.get_yticks().max() <= high
+    rings = sorted(line.get_xdata()[0] for line in marks if line.get_markersize() == 12)
+    assert rings == sorted(row.lr for row in comparison.rows if row.loss is not None and row.lr is not None)
+
+
+def legend_of(figure: Figure) -> list[str]:
+    return [text.get_text().replace("\n", " ") for text in figure.legends[0].get_texts()]
+
+
+def test_legends_name_those_that_have_something_to_show_and_no_others() -> None:
+    unfinished = unfinished_comparison()
+    rates = legend_of(figures.rates_figure(unfinished))
+    assert {"Sophia r=0.25", "AdamW", "full length: 0.614 M tokens", "search: 0.307 M tokens"} <= set(rates)
+    assert not any("Shampoo" in name for name in rates)
+    for against in ("tokens", "time"):
+        names = legend_of(figures.loss_figure(unfinished, against))
+        assert not any("Shampoo" in name or "Sophia" in name for name in names)
+    shown = page.page_data(unfinished)["figures"]["styles"]
+    assert [row.contestant for row in unfinished.rows if row.contestant not in shown] == ["shampoo@0.25"]
+
+
+@pytest.mark.parametrize("title", ["a title of very many words, " * 12, "x" * 300, "costs $5 or $6_a"])
+def test_titles_stay_within_the_axes_and_clear_of_the_legend(title: str) -> None:
+    for name, figure in figures.all_figures(replace(COMPARISON, title=title)).items():
+        figure.draw_without_rendering()
+        renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+        axes = figure.axes[0]
+        frame = axes.get_window_extent(renderer)
+        (subtitle,) = figure.texts
+        heading = axes.get_title(loc="left")
+        assert title not in heading
+        (head,) = [text for text in axes.get_children() if isinstance(text, Text) and text.get_text() == heading]
+        legend = figure.legends[0].get_window_extent(renderer)
+        boxes = [text.get_window_extent(renderer) for text in (head, subtitle)]
+        assert boxes[1].y1 <= boxes[0].y0, name
+        assert boxes[1].y0 >= frame.y1, name
+        for box in boxes:
+            assert box.x1 <= frame.x1 + 1, name
+            assert not box.overlaps(legend), name
+        shown = subtitle.get_text()
+        assert shown == title if len(title) < 30 else title.startswith(shown.removesuffix("…")) and shown.endswith("…")
+        assert boxes[1].width > 0.7 * frame.width or shown == title, name
+
+
+@pytest.mark.parametrize("highest", [1e-3, 2e-3, 0.3, 1e3])
+def test_ticks_of_the_learning_rate_do_not_touch(highest: float) -> None:
+    runs = tuple(run("adamw", lr, 0, 3.3, 5.2) for lr in (3e-5, 1e-4, highest))
+    figure = figures.rates_figure(replace(COMPARISON, rows=(replace(ADAMW, lr=3e-5),), runs=runs))
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    low, high = figure.axes[0].get_xlim()
+    ticks = zip(figure.axes[0].get_xticks(), figure.axes[0].get_xticklabels(), strict=True)
+    boxes = [text.get_window_extent(renderer) for at, text in ticks if low <= at <= high and text.get_text()]
+    assert len(boxes) >= 4
+    assert all(b.x0 - a.x1 > 4 for a, b in pairwise(boxes))
 
 
 def test_thirty_contestants_have_thirty_styles_and_ours_share_no_colour_with_others() -> None:
@@ -262,9 +419,14 @@ def test_thirty_contestants_have_thirty_styles_and_ours_share_no_colour_with_oth
 def test_figures_of_a_comparison_in_which_nothing_finished_say_so(tmp_path: Path) -> None:
     row = empty_row("adamw", "A $dollar$ title", "failed", "no")
     comparison = replace(COMPARISON, rows=(row,), runs=(broken_run(row.contestant, 1e-3, 0, "failed", "no"),))
-    for name in ("loss-tokens.png", "loss-time.png", "loss-state.png", "learning-rates.png"):
-        assert [text.get_text() for text in figures.all_figures(comparison)[name].axes[0].texts] == ["nothing to show"]
+    drawn = figures.all_figures(comparison)
+    for name in ("loss-tokens.png", "loss-time.png", "loss-state.png"):
+        assert [text.get_text() for text in drawn[name].axes[0].texts] == ["nothing to show"]
+    (cross,) = [line for line in drawn["learning-rates.png"].axes[0].get_lines() if line.get_marker() == "x"]
+    assert cross.get_xdata() == [1e-3]
+    empty = figures.rates_figure(replace(comparison, runs=()))
+    assert [text.get_text() for text in empty.axes[0].texts] == ["nothing to show"]
     assert [path.name for path in figures.write_figures(comparison, tmp_path)] == sorted(
-        (path.name for path in tmp_path.iterdir()), key=list(figures.all_figures(comparison)).index
+        (path.name for path in tmp_path.iterdir()), key=list(drawn).index
     )
     assert "No contestant finished" in page.render_page(comparison)

@@ -12,7 +12,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from _comparison import HOSTILE, broken_run, fake_comparison
+from _comparison import HOSTILE, broken_run, fake_comparison, unfinished_comparison
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -90,6 +90,30 @@ def test_markdown_shows_a_row_of_which_nothing_was_measured_as_dashes_and_its_re
     text = tables.markdown(COMPARISON)
     assert "- Flora r=0.25 failed: CUDA error: &lt;script>" in text
     assert r"\| out of memory" in text
+
+
+def test_what_has_not_run_yet_is_said_so_and_is_no_failure() -> None:
+    unfinished = unfinished_comparison()
+    table = {line[0]: line for line in markdown_table(unfinished)}
+    assert table["Sophia"] == ["Sophia", "0.25", "–", "not run yet", *["–"] * 10]
+    assert table["Shampoo"] == ["Shampoo", "0.25", "–", "not run yet", *["–"] * 10]
+    assert [who for who, _, _ in tables.reasons(unfinished)] == ["LoRA-Pre Adam (paper) r=0.25", "Flora r=0.25"]
+    text = tables.markdown(unfinished)
+    assert "- Not run yet: Sophia r=0.25; Shampoo r=0.25." in text
+    assert not re.search("missing|no run of full length", text)
+    console = Console(width=80, file=StringIO(), color_system=None)
+    console.print(tables.rich_table(unfinished))
+    assert "Not run yet: Sophia r=0.25; Shampoo r=0.25." in console.file.getvalue()  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "get_plotlyjs", lambda: "")
+        html = page.render_page(unfinished)
+    assert html.count('<td data-sort="" class="none">not run yet</td>') == 2
+    assert html.count('<td data-sort="" class="broken">') == 2
+    seen = Reader(html).text
+    assert "Not run yet: Sophia r=0.25; Shampoo r=0.25." in seen
+    assert "missing" not in seen
+    assert "no run of full length" not in seen
+    assert tables.rate_losses(unfinished, unfinished.rows[-2]) == ["0.0005: 4.100†", "0.001: 4.020†", "0.002: 4.200†"]
 
 
 def test_a_limitation_is_one_footnote_of_all_rows_that_share_it() -> None:
@@ -187,6 +211,12 @@ def test_page_draws_the_same_curves_and_front_as_the_static_figures(rendered: st
     for written, curve in zip(drawn["curves"], facts.curves(COMPARISON), strict=True):
         assert written["mean"] == list(curve.mean)
         assert [run["seed"] for run in written["runs"]] == [run.seed for run in curve.runs]
+    assert len(drawn["rates"]) == len(facts.rate_lines(COMPARISON)) > len(COMPARISON.rows)
+    for written, line in zip(drawn["rates"], facts.rate_lines(COMPARISON), strict=True):
+        assert written["losses"] == [list(pair) for pair in line.losses]
+        assert (written["tokens"], written["full"], written["broken"]) == (line.tokens, line.full, list(line.broken))
+        assert written["chosen"] == (line.chosen and list(line.chosen))
+    assert drawn["ranges"]["rates"] == list(facts.rates_range(facts.rate_lines(COMPARISON)))
     assert drawn["state"]["front"] == ["lorapre-muon@0.125", "apollo@0.25", "muon"]
     look = drawn["styles"]
     assert {name: style["light"] for name, style in look.items()} == {

@@ -74,15 +74,24 @@ def test_learning_rates_follow_the_schedule_and_keep_their_ratio(
         assert list(group) == pytest.approx([dense_lr * share for share in shares], rel=1e-6, abs=1e-12)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS.keys() - {"adamw-8bit"}))  # it compiles, for half a minute
 def test_without_a_learning_rate_the_optimizers_own_is_the_peak(
     pretrain: Cli, here: Path, rates: list[list[float]], optimizer: str
 ) -> None:
+    entry = OPTIMIZERS[optimizer]
+    if entry.installed_version() is None:
+        pytest.skip(f"needs {entry.package}")
     arguments = options(steps=3, schedule="constant", warmup=0, optimizer=optimizer, out="run")
     assert pretrain(*SHORT, *arguments).code == 0
-    entry = OPTIMIZERS[optimizer]
-    assert rates == [[entry.default_lr, entry.default_dense_lr, entry.default_dense_lr]] * 3
-    assert (summary(here / "run")["lr"], summary(here / "run")["dense_lr"]) == (rates[0][0], rates[0][1])
+    # Where two optimizers share the work, each of them is seen too, with its own groups.
+    whole = [step for step in rates if set(step) == {entry.default_lr, entry.default_dense_lr}]
+    assert len(whole) == 3
+    for step in whole:
+        assert step[-2:] == [entry.default_dense_lr] * 2  # embeddings and head; norms
+    facts = summary(here / "run")
+    assert (facts["lr"], facts["dense_lr"]) == (entry.default_lr, entry.default_dense_lr)
+    # Adam-mini's formula counts a little too much, as its limitations say.
+    assert (facts["matrix_state_bytes"] == facts["formula_bytes"]) is (optimizer != "adam-mini")
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def option(help_text: str, panel: str, *names: str) -> Any:
 
 ModelOption = Annotated[
     str | None,
-    option("llama-3m (default), -20m, -60m, -130m, -350m, -1b, -7b, a config.json, or a checkpoint.", MODEL),
+    option("llama-3m (default), -1m, -20m, -60m, -130m, -350m, -1b, -7b, a config.json, or a checkpoint.", MODEL),
 ]
 DataOption = Annotated[
     list[str] | None,

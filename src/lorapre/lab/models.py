@@ -28,8 +28,9 @@ class LlamaSize:
     tied: bool = False
 
 
-#: 60m to 7b: GaLore's configurations, which the paper uses. 3m and 20m are this project's, for small machines.
+#: 60m to 7b: GaLore's configurations, which the paper uses. 1m, 3m and 20m are this project's, for small machines.
 LLAMAS: Mapping[str, LlamaSize] = {
+    "llama-1m": LlamaSize(128, 344, 4, 4, tied=True),
     "llama-3m": LlamaSize(320, 864, 2, 5, tied=True),
     "llama-20m": LlamaSize(256, 688, 6, 4),
     "llama-60m": LlamaSize(512, 1376, 8, 8),
@@ -129,7 +130,7 @@ def resolve_model(name: str) -> ModelSpec:
             bos_token_id=0,
             eos_token_id=0,
         )
-        small = name == "llama-3m"
+        small = name in ("llama-1m", "llama-3m")
         return ModelSpec(name, config, resizable=True, default_tokenizer="bpe:1024" if small else "bpe:4096")
     path = Path(name)
     if path.suffix == ".json":

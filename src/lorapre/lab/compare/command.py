@@ -24,7 +24,7 @@ def compare(
         str | None,
         opt.option(
             "Comma-separated names of `lorapre optimizers`; NAME@RANK sets a rank, NAME@=OTHER the rank whose state is "
-            "as large as OTHER's (default lorapre-adamw,adamw,muon,galore-ours).",
+            "as large as OTHER's (default lorapre-adamw,adamw,galore-ours,fira-ours).",
             _COMPARISON,
         ),
     ] = None,
@@ -55,7 +55,10 @@ def compare(
     jobs_per_device: Annotated[
         int | None, opt.option("Runs at a time on a GPU or on the CPU; above 1 no time is reported.", _COMPARISON)
     ] = None,
-    model: opt.ModelOption = None,
+    model: Annotated[
+        str | None,
+        opt.option("llama-1m (default), -3m, -20m, -60m to -7b, a config.json, or a checkpoint.", opt.MODEL),
+    ] = None,
     data: opt.DataOption = None,
     text_field: opt.TextFieldOption = None,
     valid_data: opt.ValidDataOption = None,

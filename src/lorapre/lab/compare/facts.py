@@ -41,6 +41,27 @@ class Curve:
     high: tuple[float, ...]
 
 
+@dataclass(frozen=True)
+class RateLine:
+    """Final losses of one contestant against learning rate, of runs of one length with the first seed.
+
+    Attributes:
+        row: of the contestant.
+        tokens: length of the runs.
+        full: whether that is full length; shorter runs belong to the search.
+        losses: learning rate and final loss of each run that finished, ascending in the rate.
+        broken: learning rates of the others, ascending.
+        chosen: that of ``losses`` which was chosen; None where none of them was.
+    """
+
+    row: Row
+    tokens: int
+    full: bool
+    losses: tuple[tuple[float, float], ...]
+    broken: tuple[float, ...]
+    chosen: tuple[float, float] | None
+
+
 def label(row: Row) -> str:
     """Title and rank, as legends and sentences name a contestant."""
     return row.title if row.rank is None else f"{row.title} r={row.rank:g}"
@@ -73,13 +94,43 @@ def chosen_runs(comparison: Comparison, row: Row) -> tuple[Run, ...]:
 
 
 def short_rates(comparison: Comparison, row: Row) -> frozenset[float]:
-    """Learning rates of ``row`` that were given up before full length: their losses belong to shorter runs."""
+    """Learning rates of ``row`` that have not come to full length: their losses belong to shorter runs."""
+    if row.lr is None:  # no run of full length finished, though none of another contestant need be longer yet
+        return frozenset(lr for lr, _ in row.lr_losses)
     length = full_length(comparison)
     reached: dict[float, int] = {}
     for run in comparison.runs:
         if run.contestant == row.contestant:
             reached[run.lr] = max(reached.get(run.lr, 0), run.tokens)
     return frozenset(lr for lr, tokens in reached.items() if tokens < length)
+
+
+def rate_lines(comparison: Comparison) -> tuple[RateLine, ...]:
+    """One line for each length of run of each row, in the order of the rows, the shorter first.
+
+    Losses of different lengths never share a line: a longer run ends lower at any learning rate.
+    """
+    longest = full_length(comparison)
+    seed = min((run.seed for run in comparison.runs), default=0)  # the first, which searches
+    found = []
+    for row in comparison.rows:
+        mine = [run for run in comparison.runs if (run.contestant, run.seed) == (row.contestant, seed)]
+        for tokens in sorted({run.tokens for run in mine}):
+            ended = sorted({run.lr: run.loss for run in mine if run.tokens == tokens}.items())
+            losses = tuple((lr, loss) for lr, loss in ended if loss is not None and math.isfinite(loss))
+            # A row with a finished run of full length has a chosen rate; without one, the longest are not yet full.
+            full = tokens == longest and (row.lr is not None or not losses)
+            found.append(
+                RateLine(
+                    row=row,
+                    tokens=tokens,
+                    full=full,
+                    losses=losses,
+                    broken=tuple(lr for lr, loss in ended if loss is None or not math.isfinite(loss)),
+                    chosen=next((pair for pair in losses if full and pair[0] == row.lr), None),
+                )
+            )
+    return tuple(found)
 
 
 def time_is_estimated(comparison: Comparison) -> bool:
@@ -170,20 +221,28 @@ def curve_range(drawn: Sequence[Curve]) -> tuple[float, float]:
     )
 
 
-def rates_range(comparison: Comparison) -> tuple[float, float]:
-    """Limits of the loss axis against learning rates: what runs of full length reached."""
-    return robust_range(
-        loss
-        for row in comparison.rows
-        for lr, loss in row.lr_losses
-        if loss is not None and lr not in short_rates(comparison, row)
-    )
+def rates_range(lines: Iterable[RateLine]) -> tuple[float, float]:
+    """Limits of the loss axis against learning rates: of each line its best rate and two to either side.
+
+    Runs of full length and shorter ones each have their own fence, so that neither counts as far above the other.
+    """
+    near: dict[bool, list[float]] = {}
+    for line in lines:
+        losses = [loss for _, loss in line.losses]
+        if losses:
+            best = losses.index(min(losses))
+            near.setdefault(line.full, []).extend(losses[max(0, best - 2) : best + 3])
+    ranges = [robust_range(values) for values in near.values()]
+    if not ranges:
+        return robust_range(())
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    return low - 0.04 * (high - low), high  # room for the ring around the lowest
 
 
 def loss_text(row: Row) -> str:
-    """Mean final loss, with its spread where there are several seeds; the status of a row without one."""
+    """Mean final loss, with its spread where there are several seeds; the status of a row without one, in words."""
     if row.loss is None:
-        return row.status
+        return "not run yet" if row.status == "missing" else row.status
     return f"{row.loss:.3f}" + ("" if row.loss_spread is None else f" ± {row.loss_spread:.3f}")
 
 
@@ -275,10 +334,18 @@ def _best(rows: Sequence[Row]) -> tuple[str, str]:
     return said, f"Not told apart from it by the spread over seeds: {'; '.join(ties)}." if ties else ""
 
 
+def not_run_yet(comparison: Comparison) -> str:
+    """A sentence that names the rows of which no run of full length has been made; empty where there are none."""
+    waiting = [label(row) for row in comparison.rows if row.status == "missing"]
+    return f"Not run yet: {'; '.join(waiting)}." if waiting else ""
+
+
 def headline_parts(comparison: Comparison) -> list[tuple[str, str]]:
     """What the comparison found: the best, ours against AdamW, warnings; each a sentence and what there is to add."""
     ranked = sorted((row for row in comparison.rows if row.loss is not None), key=lambda row: row.loss or 0.0)
-    said = [_best(ranked)] if ranked else [("No contestant finished, so there is nothing to compare.", "")]
+    waiting = not_run_yet(comparison)
+    nothing = f"No contestant {'has finished yet' if waiting else 'finished'}, so there is nothing to compare."
+    said = [_best(ranked)] if ranked else [(nothing, "")]
     ours = [row for row in ranked if is_ours(row)]
     adamw = adamw_row(comparison)
     if adamw is None or adamw.loss is None:
@@ -294,9 +361,11 @@ def headline_parts(comparison: Comparison) -> list[tuple[str, str]]:
     if edges:
         warning = "The best learning rate is the lowest or highest tried, so that a better one may exist: "
         said.append((f"{warning}{'; '.join(edges)}.", ""))
-    without = [f"{label(row)} ({row.status})" for row in comparison.rows if row.loss is None]
+    without = [row for row in comparison.rows if row.loss is None and row.status != "missing"]
     if without:
-        said.append((f"Without a result: {'; '.join(without)}.", ""))
+        said.append((f"Without a result: {'; '.join(f'{label(row)} ({row.status})' for row in without)}.", ""))
+    if waiting:
+        said.append((waiting, ""))
     return said
 
 

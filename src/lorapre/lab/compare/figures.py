@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import textwrap
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -14,16 +16,17 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from matplotlib.transforms import Bbox, TransformedBbox
+from matplotlib.transforms import Bbox, ScaledTranslation, TransformedBbox
 
 from lorapre.lab.compare.facts import (
+    RateLine,
     curve_range,
     curves,
     label,
     pareto_front,
+    rate_lines,
     rates_range,
     robust_range,
-    short_rates,
     state_points,
     time_is_estimated,
 )
@@ -33,6 +36,8 @@ from lorapre.lab.run_folder import write_atomically
 from lorapre.optim.summary import format_bytes
 
 GREY = "#666666"
+#: Marker of what lies above the range of an axis.
+ABOVE = r"$\uparrow$"
 #: Offsets of a label from its point, in points, and how it is aligned; the nearest that is free is taken.
 _PLACES = [
     (dx * reach, dy * reach, "left" if dx > 0 else "right" if dx < 0 else "center", vertical)
@@ -60,11 +65,27 @@ def _new(title: str, xlabel: str, entries: int = 0) -> tuple[Figure, Any]:
     figure = Figure(figsize=(10, max(5.6, 0.29 * entries)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.set_title(_text(title, 100), loc="left")
+    axes.set_title(title, loc="left", pad=20)  # room for the subtitle
     axes.set_xlabel(xlabel)
     axes.set_ylabel("validation loss (nats a token)")
     axes.grid(alpha=0.25)
     return figure, axes
+
+
+def _subtitle(figure: Figure, axes: Any, text: str) -> None:
+    """Write ``text`` under the title of a figure that is otherwise whole, cut to the width of the axes."""
+    figure.draw_without_rendering()  # settles that width
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    place = axes.transAxes + ScaledTranslation(0, 6 / 72, figure.dpi_scale_trans)
+    note = figure.text(0, 1, "", transform=place, fontsize=9, color=GREY, parse_math=False)
+    text = " ".join(text.split())
+
+    def width(count: int) -> float:
+        note.set_text(text if count == len(text) else text[:count].rstrip(" ,;:(") + "…")
+        return float(note.get_window_extent(renderer).width)
+
+    if text:
+        width(bisect_right(range(1, len(text) + 1), 0.99 * axes.get_window_extent(renderer).width, key=width))
 
 
 def _bigram(axes: Any, comparison: Comparison, limits: tuple[float, float]) -> None:
@@ -73,15 +94,15 @@ def _bigram(axes: Any, comparison: Comparison, limits: tuple[float, float]) -> N
         axes.axhline(comparison.bigram_loss, color=GREY, linestyle=":", linewidth=1, label=text)
 
 
-def _legend(figure: Figure, axes: Any, extra: Sequence[Any] = ()) -> None:
+def _legend(figure: Figure, axes: Any, first: Sequence[Any] = ()) -> None:
     handles, _ = axes.get_legend_handles_labels()
-    if handles or extra:
-        figure.legend(handles=[*handles, *extra], loc="outside right upper", frameon=False, handlelength=3.2)
+    if handles or first:
+        figure.legend(handles=[*first, *handles], loc="outside right upper", frameon=False, handlelength=3.2)
 
 
-def _no_data(axes: Any, drawn: bool) -> None:
+def _no_data(axes: Any, drawn: bool, text: str = "nothing to show") -> None:
     if not drawn:
-        axes.text(0.5, 0.5, "nothing to show", transform=axes.transAxes, ha="center", color=GREY)
+        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", color=GREY)
 
 
 def loss_figure(comparison: Comparison, against: Literal["tokens", "time"]) -> Figure:
@@ -93,7 +114,7 @@ def loss_figure(comparison: Comparison, against: Literal["tokens", "time"]) -> F
     drawn = curves(comparison)
     estimated = time_is_estimated(comparison)
     look = styles(comparison)
-    title = f"{comparison.title}: validation loss against {against}"
+    title = f"Validation loss against {'tokens' if against == 'tokens' else 'training time'}"
     xlabel = "tokens (millions)"
     if against == "time":
         xlabel = "training time (seconds" + (", steps x measured step time)" if estimated else ")")
@@ -127,7 +148,10 @@ def loss_figure(comparison: Comparison, against: Literal["tokens", "time"]) -> F
         axes.set_ylim(*limits)
         axes.set_xlim(left=0)
         _no_data(axes, any(curve.mean for curve in drawn))
+        if against == "time" and any(curve.mean for curve in drawn):
+            _no_data(axes, any(curve.seconds for curve in drawn), "step times have not been measured yet")
         _legend(figure, axes)
+        _subtitle(figure, axes, comparison.title)
     return figure
 
 
@@ -185,7 +209,8 @@ def _overlap(a: Any, b: Any) -> float:
 
 def _log_axis(axes: Any, write: Any) -> None:
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 3e4 else (1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(write))
     axes.xaxis.set_minor_formatter(NullFormatter())
 
@@ -195,7 +220,7 @@ def state_figure(comparison: Comparison) -> Figure:
     points = state_points(comparison)
     look = styles(comparison)
     with _house_style():
-        figure, axes = _new(f"{comparison.title}: final loss against optimizer state", "state of the matrices")
+        figure, axes = _new("Final loss against optimizer state", "state of the matrices")
         _log_axis(axes, lambda value, _: format_bytes(round(value)).replace(".00", ""))
         low, high = robust_range((loss for _, _, loss in points), margin=0.12)
         axes.set_ylim(low, high)
@@ -231,55 +256,82 @@ def state_figure(comparison: Comparison) -> Figure:
         _no_data(axes, bool(points))
         handles, _ = axes.get_legend_handles_labels()
         figure.legend(handles=handles, loc="outside lower right", frameon=False, ncols=2)
+        _subtitle(figure, axes, comparison.title)
         _place_labels(figure, axes, places, [(size, loss) for _, size, loss in front])
     return figure
 
 
+def _rates_key(lines: Sequence[RateLine], above: bool) -> list[Line2D]:
+    """Legend entries that say what marks mean, of the marks that are drawn."""
+    entries: list[tuple[str, dict[str, Any]]] = []
+    for full, what in ((True, "full length"), (False, "search")):
+        lengths = sorted({line.tokens for line in lines if line.full == full and line.losses})
+        if lengths:
+            look = {"linewidth": 2 if full else 1, "markerfacecolor": GREY if full else "white"}
+            written = ", ".join(f"{tokens / 1e6:.3g}" for tokens in lengths)
+            entries.append((f"{what}: {written} M tokens", {"marker": "o", "markersize": 5, "linestyle": "-", **look}))
+    if any(line.chosen for line in lines):
+        entries.append(("chosen", {"marker": "o", "markersize": 12, "markerfacecolor": "none"}))
+    if above:
+        entries.append(("above the range", {"marker": ABOVE, "markersize": 8}))
+    if any(line.broken for line in lines):
+        entries.append(("broke off", {"marker": "x", "markersize": 7}))
+    return [Line2D([], [], **{"color": GREY, "linestyle": "none", **look}, label=name) for name, look in entries]
+
+
 def rates_figure(comparison: Comparison) -> Figure:
-    """Final loss against learning rate; hollow: a shorter run of the search; ringed: chosen; crosses: broke off."""
+    """Final loss against learning rate, for each contestant a line for each length of run.
+
+    Filled marks are of full length, hollow ones on a thin line of the search; ringed: chosen. What lies above the range
+    or broke off has an arrow or a cross above it, bold for a run of full length.
+    """
     look = styles(comparison)
-    low, high = rates_range(comparison)
+    lines = rate_lines(comparison)
+    low, high = rates_range(lines)
     step = 0.035 * (high - low)
-    crosses: dict[float, int] = {}
+    stacked: Counter[str] = Counter()
+    above = any(loss > high for line in lines for _, loss in line.losses)
+    shown = [row for row in comparison.rows if any(line.row is row for line in lines)]
     with _house_style():
-        title = f"{comparison.title}: final loss against learning rate"
-        figure, axes = _new(title, "peak learning rate of the matrices", len(comparison.rows))
-        _log_axis(axes, lambda value, _: f"{value:.2g}".replace("e-0", "e-"))
-        below = TransformedBbox(Bbox([[0, low], [1, high]]), axes.get_yaxis_transform())  # crosses stand above it
-        for row in comparison.rows:
-            style = look[row.contestant]
-            short = short_rates(comparison, row)
-            pairs = [(lr, loss) for lr, loss in row.lr_losses if loss is not None]
+        key = _rates_key(lines, above)
+        title = "Final loss against learning rate"
+        figure, axes = _new(title, "peak learning rate of the matrices", len(shown) + len(key))
+        below = TransformedBbox(Bbox([[0, low], [1, high]]), axes.get_yaxis_transform())  # arrows stand above it
+        for line in lines:
+            style = look[line.row.contestant]
             point: dict[str, Any] = {"color": style.colour, "zorder": style.order, "linestyle": "none"}
-            if pairs:
-                dashed = {**point, "linestyle": style.line, "linewidth": style.width, "marker": style.marker}
-                (line,) = axes.plot(*zip(*pairs, strict=True), **dashed, markersize=5, label=_text(label(row)))
-                line.set_clip_box(below)
-            for lr, loss in pairs:
-                if lr in short and loss <= high:
-                    axes.plot(lr, loss, marker=style.marker, markersize=5, markerfacecolor="white", **point)
-                if lr == row.lr:
-                    axes.plot(lr, min(loss, high), marker="o", markersize=12, markerfacecolor="none", **point)
-            broken = [lr for lr, loss in row.lr_losses if loss is None]
-            for lr in broken:
-                crosses[lr] = crosses.get(lr, 0) + 1
-            if broken:
-                name = None if pairs else _text(label(row))
-                heights = [high + crosses[lr] * step for lr in broken]
-                axes.plot(broken, heights, marker="x", markersize=7, label=name, **point)
-        if crosses:
+            heavy = 1.8 if line.full else 0.9
+            if line.losses:
+                face = style.colour if line.full else "white"
+                width = style.width * (1 if line.full else 0.6)
+                drawn = {**point, "linestyle": style.line, "linewidth": width, "marker": style.marker, "markersize": 5}
+                (curve,) = axes.plot(*zip(*line.losses, strict=True), **drawn, markerfacecolor=face)
+                curve.set_clip_box(below)
+            marks = [(lr, ABOVE if loss > high else "") for lr, loss in line.losses] + [(lr, "x") for lr in line.broken]
+            for lr, mark in marks:
+                place = f"{lr:.2g}"  # rates that a grid has grown to differ in their last bits
+                stacked[place] += bool(mark)
+                height = high + stacked[place] * step
+                if mark:
+                    axes.plot(lr, height, marker=mark, markersize=7, markeredgewidth=heavy, **point)
+                if line.chosen and lr == line.chosen[0]:
+                    y = height if mark else line.chosen[1]
+                    axes.plot(lr, y, marker="o", markersize=12, markerfacecolor="none", **point)
+        if any(stacked.values()):
             axes.axhline(high, color=GREY, linewidth=0.6)
-            axes.text(
-                0.003, high, "broke off", transform=axes.get_yaxis_transform(), va="bottom", color=GREY, fontsize=8
-            )
         _bigram(axes, comparison, (low, high))
-        axes.set_ylim(low, high + (max(crosses.values(), default=-1) + 1) * step)
-        _no_data(axes, any(row.lr_losses for row in comparison.rows))
-        chosen = Line2D([], [], marker="o", markersize=12, markerfacecolor="none", label="chosen")
-        hollow = Line2D([], [], marker="o", markersize=5, markerfacecolor="white", label="shorter run of the search")
-        for handle in (chosen, hollow):
-            handle.set(color=GREY, linestyle="none")
-        _legend(figure, axes, [chosen, hollow])
+        _log_axis(axes, lambda value, _: f"{value:.0e}".replace("e-0", "e-"))
+        axes.set_ylim(low, high)
+        axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= high])  # the marks above have no loss
+        axes.set_ylim(low, high + (max(stacked.values(), default=-1) + 1) * step)
+        _no_data(axes, bool(lines))
+        names = []
+        for row in shown:
+            style = look[row.contestant]
+            as_drawn = {"linestyle": style.line, "linewidth": style.width, "marker": style.marker, "markersize": 5}
+            names.append(Line2D([], [], color=style.colour, **as_drawn, label=_text(label(row))))
+        _legend(figure, axes, [*names, *key])
+        _subtitle(figure, axes, comparison.title)
     return figure
 
 

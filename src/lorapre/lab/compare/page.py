@@ -23,9 +23,9 @@ from lorapre.lab.compare.facts import (
     loss_text,
     pareto_front,
     point_seconds,
+    rate_lines,
     rates_range,
     robust_range,
-    short_rates,
     state_points,
     time_is_estimated,
 )
@@ -82,13 +82,17 @@ def _run_series(run: Run, row: Row, estimated: bool) -> dict[str, Any]:
 def page_data(comparison: Comparison) -> dict[str, Any]:
     """What the page's script draws: the comparison as it is, and what the figures derive from it, as JSON can hold it.
 
-    ``figures`` holds ``styles`` by contestant, ``curves`` (mean over seeds, and each run), ``state`` (points and the
-    names on the Pareto front), ``rates`` and ``ranges`` of the loss axes; losses are in nats.
+    ``figures`` holds ``styles`` of the contestants that a figure shows, ``curves`` (mean over seeds, and each run),
+    ``state`` (points and the names on the Pareto front), ``rates`` (a line for each contestant and length of run) and
+    ``ranges`` of the loss axes; losses are in nats.
     """
     estimated = time_is_estimated(comparison)
     drawn = curves(comparison)
     points = state_points(comparison)
+    lines = rate_lines(comparison)
     front = pareto_front([(size, loss) for _, size, loss in points])
+    shown = {curve.row.contestant for curve in drawn} | {line.row.contestant for line in lines}
+    shown |= {row.contestant for row, _, _ in points}
     look = {
         row.contestant: {
             "label": label(row),
@@ -101,7 +105,7 @@ def page_data(comparison: Comparison) -> dict[str, Any]:
             "width": style.width,
         }
         for row in comparison.rows
-        if (style := styles(comparison)[row.contestant])
+        if (style := styles(comparison)[row.contestant]) and row.contestant in shown
     }
     figures = {
         "estimated": estimated,
@@ -124,18 +128,19 @@ def page_data(comparison: Comparison) -> dict[str, Any]:
         },
         "rates": [
             {
-                "contestant": row.contestant,
-                "chosen": row.lr,
-                "pairs": row.lr_losses,
-                "short": sorted(short_rates(comparison, row)),
+                "contestant": line.row.contestant,
+                "tokens": line.tokens,
+                "full": line.full,
+                "losses": line.losses,
+                "broken": line.broken,
+                "chosen": line.chosen,
             }
-            for row in comparison.rows
-            if row.lr_losses
+            for line in lines
         ],
         "ranges": {
             "curves": curve_range([curve for curve in drawn if curve.mean]),
             "state": robust_range((loss for _, _, loss in points), margin=0.12),
-            "rates": rates_range(comparison),
+            "rates": rates_range(lines),
         },
     }
     return {"comparison": plain(asdict(comparison)), "figures": plain(figures)}
@@ -185,7 +190,7 @@ def _results(comparison: Comparison) -> str:
             raw = value(row)
             key = "" if raw is None else repr(raw)
             missing = ' class="none"' if raw is None else ""
-            if heading == "final loss" and row.loss is None:
+            if heading == "final loss" and row.status in ("diverged", "failed"):
                 missing = ' class="broken"'
             cells.append(f'<td data-sort="{key}"{missing}>{escape(text(row))}</td>')
         body.append(f'<tr class="{kind}">{"".join(cells)}</tr>')
@@ -220,7 +225,7 @@ def _broken(comparison: Comparison) -> str:
     names = {row.contestant: label(row) for row in comparison.rows}
     lines = []
     for run in comparison.runs:
-        if run.status == "finished":
+        if run.status not in ("diverged", "failed"):
             continue
         last = f"{run.points[-1].step:,}" if run.points else DASH
         cells = (format_lr(run.lr), str(run.seed), format_tokens(run.tokens), last, run.status, run.reason)

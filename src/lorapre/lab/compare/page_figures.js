@@ -41,11 +41,12 @@ const makeFigures = ({ comparison, figures }, state) => {
     ...extra,
   });
 
-  /** Ticks at 1, 2 and 5 times the powers of ten within two values. */
+  /** Ticks at 1, 2 and 5 times the powers of ten within two values; at the powers alone where there is little room. */
   const ticks = (low, high, write) => {
     const values = [];
+    const few = high / low > (narrow() ? 60 : 3e4);
     for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1) {
-      for (const factor of high / low > 60 && narrow() ? [1] : [1, 2, 5]) values.push(factor * 10 ** power);
+      for (const factor of few ? [1] : [1, 2, 5]) values.push(Number(`${factor}e${power}`));
     }
     return { tickmode: "array", tickvals: values, ticktext: values.map(write) };
   };
@@ -136,8 +137,14 @@ const makeFigures = ({ comparison, figures }, state) => {
       }
     }
     const title = against === "tokens" ? "tokens (millions)"
-      : `training time (seconds${figures.estimated ? ", steps x measured step time" : ""})`;
+      : `training time (seconds${figures.estimated && !narrow() ? ", steps x measured step time" : ""})`;
     const range = figures.ranges.curves;
+    const untimed = figures.curves.length && !figures.curves.some((curve) => curve.seconds.length);
+    if (against === "time" && untimed) {
+      const annotations = [{ xref: "paper", yref: "paper", x: 0.5, y: 0.5, showarrow: false, text: "step times have not been measured yet" }];
+      draw(against, [], layout({ title: { text: title }, range: [0, 1], showticklabels: false }, range, { annotations }));
+      return;
+    }
     draw(against, traces, layout({ title: { text: title }, rangemode: "tozero" }, range, bigram(range)));
   };
 
@@ -221,51 +228,55 @@ const makeFigures = ({ comparison, figures }, state) => {
   };
 
   const drawRates = () => {
-    const tried = figures.rates.flatMap((each) => each.pairs.map((pair) => pair[0]));
+    const tried = figures.rates.flatMap((line) => [...line.losses.map((pair) => pair[0]), ...line.broken]);
     if (!tried.length) return;
-    const heights = new Map();
+    const range = figures.ranges.rates;
+    const heights = new Map(); // how many marks stand above the plot at a rate
     const traces = [];
     for (const each of figures.rates) {
       const name = each.contestant;
       const style = styles[name];
-      const whole = each.pairs.filter((pair) => pair[1] !== null);
-      const text = (lr, loss) => hover(name, loss, `lr ${rate(lr)}`,
-        ...(loss === null ? ["broke off"] : []), ...(each.short.includes(lr) ? ["shorter run of the search"] : []));
+      const length = `${each.full ? "full length" : "shorter run of the search"}, ${millions(each.tokens)}`;
+      const text = (lr, loss, ...more) => hover(name, loss, `lr ${rate(lr)}`, length, ...more);
+      const line = { color: colour(name), dash: style.dash, width: each.full ? style.width : 0.6 * style.width };
       const point = { color: colour(name), line: { color: colour(name), width: 1.5 } };
       traces.push(trace(name, {
-        x: whole.map((pair) => pair[0]), y: whole.map((pair) => scale(pair[1])), text: whole.map((pair) => text(...pair)),
-        mode: "lines+markers", line: { color: colour(name), dash: style.dash, width: style.width },
-        marker: { ...point, size: 8, symbol: whole.map((pair) => style.symbol + (each.short.includes(pair[0]) ? "-open" : "")) },
+        x: each.losses.map((pair) => pair[0]), y: each.losses.map((pair) => scale(pair[1])),
+        text: each.losses.map((pair) => text(...pair)), mode: "lines+markers", line,
+        marker: { ...point, size: each.full ? 9 : 7, symbol: style.symbol + (each.full ? "" : "-open") },
       }));
-      const chosen = whole.filter((pair) => pair[0] === each.chosen);
+      const ring = { ...point, symbol: "circle-open", size: 18 };
+      if (each.chosen) {
+        const [lr, loss] = each.chosen;
+        traces.push(trace(name, { x: [lr], y: [scale(loss)], mode: "markers", hoverinfo: "skip", marker: ring }));
+      }
+      if (state.hidden.has(name)) continue;
+      const above = each.losses.filter((pair) => pair[1] > range[1]);
+      const marks = [...above.map((pair) => ({ lr: pair[0], sign: "↑", text: text(...pair, "above the range") })),
+        ...each.broken.map((lr) => ({ lr, sign: "×", text: text(lr, null, "broke off") }))];
+      for (const mark of marks) {
+        mark.y = (heights.get(rate(mark.lr)) || 0) + 1;
+        heights.set(rate(mark.lr), mark.y);
+      }
       traces.push(trace(name, {
-        x: chosen.map((pair) => pair[0]), y: chosen.map((pair) => scale(pair[1])), mode: "markers", hoverinfo: "skip",
-        marker: { ...point, symbol: "circle-open", size: 17 },
-      }));
-      const off = each.pairs.filter((pair) => pair[1] === null && !state.hidden.has(name));
-      for (const [lr] of off) heights.set(lr, (heights.get(lr) || 0) + 1);
-      traces.push(trace(name, {
-        x: off.map((pair) => pair[0]), y: off.map((pair) => heights.get(pair[0])), text: off.map((pair) => text(...pair)),
-        mode: "markers", marker: { ...point, symbol: "x", size: 9 }, yaxis: "y2",
+        x: marks.map((mark) => mark.lr), y: marks.map((mark) => mark.y), text: marks.map((mark) => mark.sign),
+        hovertext: marks.map((mark) => mark.text), mode: "text", yaxis: "y2", cliponaxis: false,
+        textfont: { color: colour(name), size: 16, weight: each.full ? 700 : 400 },
       }));
     }
     const count = Math.max(0, ...heights.values());
-    const share = count ? Math.min(0.4, 0.04 + 0.04 * count) : 0;
+    const share = count ? Math.min(0.3, 0.02 + 0.04 * count) : 0;
     const xRange = logRange(tried, 0.1);
-    const range = figures.ranges.rates;
-    const base = bigram(range);
-    const annotations = [...(base.annotations || [])];
-    if (count) {
-      annotations.push({ xref: "paper", x: 0, y: 1, yref: "paper", xanchor: "left", yanchor: "top", showarrow: false,
-        text: "broke off", font: { size: 12, color: variable("--muted") } });
-    }
     const xaxis = {
       type: "log", range: xRange, title: { text: "peak learning rate of the matrices" },
-      ...ticks(10 ** xRange[0], 10 ** xRange[1], (value) => rate(value)),
+      ...ticks(10 ** xRange[0], 10 ** xRange[1], (value) => value.toExponential(0)),
     };
+    const base = bigram(range);
+    const edge = { type: "line", xref: "paper", yref: "paper", x0: 0, x1: 1, y0: 1 - share, y1: 1 - share };
+    const border = count ? [{ ...edge, line: { color: variable("--muted"), width: 1 } }] : [];
     draw("rates", traces, layout(xaxis, range, {
       ...base,
-      annotations,
+      shapes: [...(base.shapes || []), ...border],
       yaxis: { domain: [0, 1 - share] },
       yaxis2: { domain: [Math.min(1 - share + 0.01, 1), 1], range: [0.3, Math.max(count, 1) + 0.7], visible: false, fixedrange: true },
     }));

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Status = Literal["finished", "diverged", "failed"]
+Status = Literal["finished", "diverged", "failed", "missing"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class Row:
         optimizer: name in the registry.
         title: for people.
         rank: as given (integer or fraction), None where the method has none.
-        status: of the runs at the chosen learning rate: ``finished`` if any of them is.
+        status: of the runs at the chosen learning rate: ``finished`` if any of them is; ``missing`` where none of full
+            length has been made yet.
         lr: the chosen learning rate.
         lr_losses: final loss against each learning rate that was tried at full length with the first seed, or, for
             rates given up earlier, at the longest length that they reached; ascending; None for a broken run.

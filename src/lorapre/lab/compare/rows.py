@@ -101,7 +101,7 @@ def _status(planner: Planner, runs: Sequence[Outcome], outcomes: Mapping[Job, Ou
         if job.contestant == planner.contestant and outcome.status != "finished"
     ]
     if not broken:
-        return "failed", "no run of full length was made"
+        return "missing", "no run of full length has been made yet"
     failed = [outcome for outcome in broken if outcome.status == "failed"]
     shown = (failed or broken)[0]
     return shown.status, shown.reason

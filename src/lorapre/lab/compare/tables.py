@@ -14,14 +14,14 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from lorapre.lab.compare.facts import full_length, headlines, label, loss_text, short_rates
+from lorapre.lab.compare.facts import full_length, headlines, label, loss_text, not_run_yet, short_rates
 from lorapre.lab.compare.results import Comparison, Row
 from lorapre.lab.run_folder import write_atomically, write_json
 from lorapre.optim.summary import format_bytes
 
 DASH = "–"
 SPREAD_NOTE = "± is the largest minus the smallest final loss over the seeds; no ± means a single seed."
-SHORT_NOTE = "† given up by the search before full length: a loss of a shorter run."
+SHORT_NOTE = "† not run at full length: a loss of a shorter run of the search."
 _SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -167,11 +167,11 @@ def markdown(comparison: Comparison) -> str:
 
 
 def reasons(comparison: Comparison) -> list[tuple[str, str, str]]:
-    """Contestant, status and reason of each row that has no result, or one beside which a run broke off."""
+    """Contestant, status and reason of each row that has no result though it ran, or beside which a run broke off."""
     return [
         (label(row), "finished, but not every run" if row.status == "finished" else row.status, row.reason or "unknown")
         for row in comparison.rows
-        if row.reason or row.status != "finished"
+        if row.status != "missing" and (row.reason or row.status != "finished")
     ]
 
 
@@ -207,12 +207,12 @@ def write_tables(comparison: Comparison, folder: Path) -> None:
 
 
 def rich_table(comparison: Comparison) -> Table:
-    """The main columns for the terminal, 80 wide; reasons of rows without a result below it."""
-    below = [SPREAD_NOTE, *(f"{who} {how}: {why}" for who, how, why in reasons(comparison))]
+    """The main columns for the terminal, 80 wide; below it the rows without a result, and why."""
+    below = [SPREAD_NOTE, *(f"{who} {how}: {why}" for who, how, why in reasons(comparison)), not_run_yet(comparison)]
     table = Table(
         title=escape(comparison.title),
         title_justify="left",
-        caption=escape("\n".join(below)),
+        caption=escape("\n".join(filter(None, below))),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
