@@ -385,6 +385,7 @@ def test_titles_stay_within_the_axes_and_clear_of_the_legend(title: str) -> None
             assert box.x1 <= frame.x1 + 1, name
             assert not box.overlaps(legend), name
         shown = subtitle.get_text()
+        assert not subtitle.get_parse_math(), "dollars are no formulas"
         assert shown == title if len(title) < 30 else title.startswith(shown.removesuffix("…")) and shown.endswith("…")
         assert boxes[1].width > 0.7 * frame.width or shown == title, name
 
