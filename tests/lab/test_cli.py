@@ -23,6 +23,7 @@ from lorapre.lab.config import PRESETS, PretrainConfig, build_config
 from lorapre.lab.models import LLAMAS
 from lorapre.lab.optimizers import OPTIMIZERS
 from lorapre.lab.pretrain import run_pretraining
+from lorapre.optim.summary import format_bytes
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -291,3 +292,15 @@ def test_the_eta_of_a_resumed_run_counts_its_own_steps_alone() -> None:
     (column,) = [column for column in bar._progress.columns if isinstance(column, callbacks._Remaining)]
     assert str(column(task)) == "ETA 15:00"
     bar.stop()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "galore-ours", "sltrain", "low-rank", "lorapre-adamw"])
+def test_a_dry_run_counts_what_the_run_then_holds(pretrain: Cli, here: Path, tiny: list[str], optimizer: str) -> None:
+    printed = pretrain(*tiny, "--optimizer", optimizer, "--dry-run").out
+    assert pretrain(*tiny, "--optimizer", optimizer, "--out", "run").code == 0
+    facts = summary(here / "run")
+    assert (
+        f"optimizer state  {format_bytes(facts['state_bytes'])} (AdamW: {format_bytes(facts['adamw_state_bytes'])})"
+        in printed
+    )
+    assert f"weights          {format_bytes(4 * facts['parameters'])} " in printed

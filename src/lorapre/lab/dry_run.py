@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorapre import estimate_memory, param_groups
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.data.tokenizer import bpe_vocabulary
 from lorapre.lab.models import PUBLISHED_VOCABULARY
-from lorapre.lab.optimizers import OPTIMIZERS
+from lorapre.lab.optimizers import OPTIMIZERS, OptimizerEntry, matrix_parameters, matrix_state_bytes
+from lorapre.lab.optimizers.measure import adamw_state_bytes
 from lorapre.lab.preparation import Plan, plan_run
 from lorapre.optim.summary import format_bytes
 
@@ -30,10 +33,9 @@ def print_dry_run(config: PretrainConfig, console: Console) -> None:
         plan.model.with_vocabulary(vocabulary, vocabulary - 1)
     model = plan.model.build(config.seed, device="meta")
     entry = OPTIMIZERS[config.optimizer]
-    memory = estimate_memory(param_groups(model, rank=config.rank))
-    state = memory.state if entry.ranked else memory.adamw_state
-    scratch = memory.scratch if entry.ranked else 0
+    adamw = adamw_state_bytes(model)
     parameters = sum(param.numel() for param in model.parameters())
+    memory = _memory(config, entry, model)
 
     table = Table.grid(padding=(0, 2))
     rows = [
@@ -48,13 +50,41 @@ def print_dry_run(config: PretrainConfig, console: Console) -> None:
         ),
         ("weights", format_bytes(memory.weights)),
         ("gradients", format_bytes(memory.gradients)),
-        ("optimizer state", f"{format_bytes(state)} (AdamW: {format_bytes(memory.adamw_state)})"),
-        ("step scratch", f"at most {format_bytes(scratch)}" if entry.ranked else "none"),
-        ("sum", f"{format_bytes(memory.weights + memory.gradients + state + scratch)}, activations not counted"),
+        ("optimizer state", f"{format_bytes(memory.state)} (AdamW: {format_bytes(adamw)})"),
+        ("step scratch", "not known" if memory.scratch is None else f"at most {format_bytes(memory.scratch)}"),
+        ("sum", f"{format_bytes(memory.total)}, activations not counted"),
     ]
     for name, value in rows:
         table.add_row(f"[bold]{name}[/]", escape(value))
     console.print(table)
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """Bytes; ``scratch`` is None for other people's optimizers, whose temporaries nobody has counted."""
+
+    weights: int
+    gradients: int
+    state: int
+    scratch: int | None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.state + (self.scratch or 0)
+
+
+def _memory(config: PretrainConfig, entry: OptimizerEntry, model: nn.Module) -> _Memory:
+    """``model`` is on the meta device, and is factorised here if the method does so."""
+    matrices = matrix_state_bytes(entry, model, config.rank)
+    if entry.compresses_stacks or matrices is None:
+        estimate = estimate_memory(param_groups(model, rank=config.rank))
+        return _Memory(estimate.weights, estimate.gradients, estimate.state, estimate.scratch)
+    others = adamw_state_bytes(model) - sum(2 * p.numel() * p.element_size() + 4 for p in matrix_parameters(model))
+    if entry.prepare is not None:
+        entry.prepare(model, config)
+    params = list(model.parameters())
+    gradients = sum(param.numel() * param.element_size() for param in params if param.requires_grad)
+    return _Memory(sum(p.numel() * p.element_size() for p in params), gradients, matrices + others, None)
 
 
 def _vocabulary(plan: Plan) -> int:

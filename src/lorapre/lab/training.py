@@ -26,7 +26,7 @@ from lorapre.lab.callbacks import (
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.data import BlockDataset, TextCorpus
 from lorapre.lab.optimizers import find_optimizer, matrix_parameters, matrix_state_bytes
-from lorapre.lab.optimizers.measure import state_bytes
+from lorapre.lab.optimizers.measure import adamw_state_bytes, state_bytes
 from lorapre.lab.plots import plot_loss
 from lorapre.lab.run_folder import RunFolder, write_atomically, write_json
 from lorapre.lab.timing import StepTimer, peak_bytes
@@ -78,6 +78,7 @@ def training_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # no buffer of a language model changes in training; SLTrain's support is large
         average_tokens_across_devices=False,
         disable_tqdm=True,
         report_to="none",
@@ -157,7 +158,7 @@ def train(
     entry = find_optimizer(config.optimizer)
     torch.serialization.add_safe_globals(list(entry.checkpoint_types()))
     others = {id(param) for param in model.parameters()} - {id(param) for param in matrix_parameters(model)}
-    formula_bytes = matrix_state_bytes(entry, model, config.rank)
+    formula_bytes, adamw_bytes = matrix_state_bytes(entry, model, config.rank), adamw_state_bytes(model)
     if entry.prepare is not None:
         entry.prepare(model, config)
     matrices = [param for param in model.parameters() if param.requires_grad and id(param) not in others]
@@ -218,7 +219,7 @@ def train(
         "state_bytes": state_bytes(_unwrapped(trainer.optimizer)),
         "matrix_state_bytes": state_bytes(_unwrapped(trainer.optimizer), matrices),
         "formula_bytes": formula_bytes,
-        "adamw_state_bytes": adamw_state_bytes(model),
+        "adamw_state_bytes": adamw_bytes,
         "seconds": round(metrics.seconds, 1),
         "tokens_per_second": round(config.total_steps * config.tokens_per_step / max(metrics.seconds, 1e-9), 1),
         "peak_bytes": peak_bytes(),
@@ -262,8 +263,3 @@ def _unwrapped(optimizer: Any) -> Optimizer:
     """The optimizer inside accelerate's wrapper."""
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
-
-
-def adamw_state_bytes(model: torch.nn.Module) -> int:
-    """What torch.optim.AdamW holds for ``model``: two numbers a weight in its dtype, and a float32 counter."""
-    return sum(2 * param.numel() * param.element_size() + 4 for param in model.parameters() if param.requires_grad)

@@ -26,14 +26,16 @@ class LowRankLinear(FactorisedLinear):
     ) -> None:
         """``stds`` are those of B and of A, where the default is not wanted."""
         super().__init__(layer)
-        if stds is None:
-            std = (float(layer.weight.detach().square().mean()) / rank) ** 0.25
-            stds = (std, std)
+        # Kept a tensor: a model on the meta device has no numbers to read, and is factorised to count its weights.
+        std = (layer.weight.detach().square().mean() / rank) ** 0.25
+        std_B, std_A = (std, std) if stds is None else stds
         generator = seeded_generator(seed, name)
         B = torch.randn(layer.out_features, rank, generator=generator)
         A = torch.randn(rank, layer.in_features, generator=generator)
-        self.B = drawn_like(layer.weight, stds[0] * B)
-        self.A = drawn_like(layer.weight, stds[1] * A)
+        self.B, self.A = drawn_like(layer.weight, B), drawn_like(layer.weight, A)
+        with torch.no_grad():
+            self.B.mul_(std_B)
+            self.A.mul_(std_A)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., q) to (..., p); B A is never formed."""

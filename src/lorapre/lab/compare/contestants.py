@@ -86,7 +86,10 @@ def _rank_of_equal_bytes(spec: str, entry: OptimizerEntry, other: Contestant, mo
     sides = [min(param.shape) for param in matrix_parameters(model) if param.ndim == 2]
     ranks = range(1, max(sides, default=1))
     if allowed is None:
-        raise UserError(f"--optimizers {spec}: bytes cannot be matched on a model with weights of three dimensions.")
+        raise UserError(
+            f"--optimizers {spec}: the bytes of {other.key} have no formula on a model with weights of three "
+            "dimensions. Give a rank."
+        )
 
     def bytes_at(rank: int) -> int:
         return matrix_state_bytes(entry, model, rank) or 0

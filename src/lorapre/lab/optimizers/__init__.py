@@ -50,16 +50,18 @@ def matrix_parameters(model: nn.Module) -> list[nn.Parameter]:
 def matrix_state_bytes(entry: OptimizerEntry, model: nn.Module, rank: int | float) -> int | None:
     """Bytes that ``entry`` should hold for the float32 matrices of ``model``, by its formula.
 
-    ``model`` is the one before ``entry.prepare``. Matrices whose smaller side is not above the rank count as AdamW's.
-    None where a weight has more than two dimensions: the formulas are of matrices.
+    ``model`` is the one before ``entry.prepare``. What is left to AdamW counts as AdamW's: matrices whose smaller side
+    is not above the rank, and weights of more than two dimensions. None where ``entry`` compresses such weights: the
+    formulas are of matrices.
     """
     total = 0
     for param in matrix_parameters(model):
-        if param.ndim != 2:
+        if param.ndim != 2 and entry.compresses_stacks:
             return None
-        p, q = param.shape
-        r = resolve_rank(rank, p, q)
-        total += entry.state_bytes(p, q, r) if not entry.ranked or r < min(p, q) else 4 * (2 * p * q + 1)
+        p, q = param.shape if param.ndim == 2 else (0, 0)
+        r = resolve_rank(rank, p, q) if param.ndim == 2 else 0
+        own = param.ndim == 2 and (not entry.ranked or r < min(p, q))
+        total += entry.state_bytes(p, q, r) if own else 4 * (2 * param.numel() + 1)
     return total
 
 

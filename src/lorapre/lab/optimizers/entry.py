@@ -47,6 +47,8 @@ class OptimizerEntry:
         package: the distribution that holds the implementation, if it is not this one or torch.
         prepare: changes the model before the optimizer is built (factorised weights); None leaves it as it is.
         limitations: what a reader of a table should know about this implementation; empty if there is nothing.
+        compresses_stacks: weights of more than two dimensions (expert stacks, convolutions) are compressed too; else
+            they are left to AdamW.
         checkpoint_types: classes of Python objects in the optimizer's state, which ``torch.load`` must be told of.
     """
 
@@ -62,6 +64,7 @@ class OptimizerEntry:
     package: str | None = None
     prepare: Prepare | None = None
     limitations: str = ""
+    compresses_stacks: bool = False
     checkpoint_types: Callable[[], list[type]] = _no_types
 
     def installed_version(self) -> str | None:

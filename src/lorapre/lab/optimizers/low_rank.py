@@ -102,9 +102,9 @@ ENTRIES = (
         default_dense_lr=DENSE_LR,
         lr_grid=geometric_grid(1e-2),
         ranked=True,
-        limitations="Steps 1, 201, ... take a full SVD of every matrix. Nesterov momentum 0.95 and the update's scale "
-        "are Muon's in torch; the settings behind published GaLore-Muon figures are not known. Matrices at full rank "
-        "take AdamW.",
+        limitations="Steps 1, 201, ... take a full SVD of every matrix. Nesterov momentum 0.95, whatever --beta1 says, "
+        "and the update's scale are Muon's in torch; the settings behind published GaLore-Muon figures are not known. "
+        "Matrices at full rank take AdamW.",
     ),
     OptimizerEntry(
         name="mlorc",
@@ -130,8 +130,8 @@ ENTRIES = (
         lr_grid=geometric_grid(2e-2),
         ranked=True,
         limitations="The paper's step U V^T, of spectral norm lr whatever the matrix's shape; the released code "
-        "divides by the singular values instead. Momentum 0.95 without the released warm-up of it. Two QR "
-        "decompositions and one SVD of 2r x 2r for each matrix and step. Matrices at full rank take AdamW.",
+        "divides by the singular values instead. Momentum is 0.95 whatever --beta1 says, without the released warm-up "
+        "of it. Two QR decompositions and an SVD of 2r x 2r a matrix and step. Matrices at full rank take AdamW.",
     ),
     OptimizerEntry(
         name="ldadam",

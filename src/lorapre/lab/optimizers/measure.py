@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -45,3 +45,8 @@ def state_bytes(optimizer: Optimizer, params: Iterable[Tensor] | None = None) ->
                 storage: torch.UntypedStorage = tensor.untyped_storage()
                 storages[storage.data_ptr() or id(tensor)] = storage.nbytes()
     return sum(storages.values())
+
+
+def adamw_state_bytes(model: nn.Module) -> int:
+    """What torch.optim.AdamW holds for ``model``: two numbers a weight in its dtype, and a float32 counter."""
+    return sum(2 * param.numel() * param.element_size() + 4 for param in model.parameters() if param.requires_grad)

@@ -69,6 +69,7 @@ ENTRIES = (
         default_dense_lr=DENSE_LR,
         lr_grid=geometric_grid(5e-4),
         ranked=True,
+        compresses_stacks=True,
     ),
     OptimizerEntry(
         name="lorapre-adamw-paper",
@@ -80,6 +81,7 @@ ENTRIES = (
         default_dense_lr=DENSE_LR,
         lr_grid=geometric_grid(2e-3),
         ranked=True,
+        compresses_stacks=True,
     ),
     OptimizerEntry(
         name="adamw",
