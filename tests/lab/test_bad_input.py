@@ -343,11 +343,21 @@ def test_a_run_that_ends_before_it_begins_leaves_nothing_and_offers_no_way_on(
     assert tree(here) == before
 
 
-def test_a_training_that_diverges_ends_in_a_paragraph_and_keeps_its_metrics(pretrain: Cli, here: Path) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "eval_every", "message"),
+    [
+        ("lorapre-adamw", 6, "LoRAPreAdamW: the gradient of parameter"),
+        ("lorapre-adamw", 1, "The validation loss is nan at step"),
+        ("adamw", 6, "The training loss is nan at step"),  # it does not look at its gradients
+    ],
+)
+def test_a_training_that_diverges_ends_in_a_paragraph_and_keeps_its_metrics(
+    pretrain: Cli, here: Path, optimizer: str, eval_every: int, message: str
+) -> None:
     options = {"lr": 1e30, "dense_lr": 1e30, "max_grad_norm": 0, "steps": 6, "log_every": 1}
-    outcome = pretrain(*arguments(here, options))
+    outcome = pretrain(*arguments(here, {**options, "optimizer": optimizer, "eval_every": eval_every}))
     assert outcome.code == 1
-    assert "The training has diverged: LoRAPreAdamW: the gradient of parameter" in outcome.message
+    assert f"The training has diverged: {message}" in outcome.message
     assert "smaller --lr" in outcome.message
     assert "Traceback" not in outcome.err
     assert (here / "run" / "metrics.jsonl").exists()
