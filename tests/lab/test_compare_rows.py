@@ -261,7 +261,7 @@ def test_the_registrys_grids_hold_the_default_and_can_grow() -> None:
 
 
 def test_a_comparison_keeps_its_own_defaults_only_where_nothing_else_is_given(tmp_path: Any) -> None:
-    assert build_compare_config({}, {}, preset=None, config_file=None).training.total_steps == 200
+    assert build_compare_config({}, {}, preset=None, config_file=None).training.total_steps == 160
     assert build_compare_config({"tokens": 1024 * 7}, {}, preset=None, config_file=None).training.total_steps == 7
     preset = build_compare_config({}, {}, preset="galore-60m", config_file=None).training
     assert (preset.total_steps, preset.lr) == (1_100_000_000 // (512 * 256), None)

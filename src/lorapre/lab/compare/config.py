@@ -16,7 +16,7 @@ from lorapre.lab.config import Layer, PretrainConfig, preset_layer, read_yaml, v
 from lorapre.lab.optimizers import OPTIMIZERS, OptimizerEntry
 
 #: What `lorapre compare` trains without options: minutes on two CPU cores.
-DEFAULT_JOB: Mapping[str, Any] = {"model": "llama-1m", "steps": 200, "valid_tokens": 20_000}
+DEFAULT_JOB: Mapping[str, Any] = {"model": "llama-1m", "steps": 160, "valid_tokens": 20_000}
 #: How it searches then. Quarters of a run this short would say nothing about its rates.
 DEFAULT_SEARCH: Mapping[str, Any] = {"lr_grid": "x0.25,x0.5,x1,x2", "search": "grid"}
 DEFAULT_OPTIMIZERS = ("lorapre-adamw", "adamw", "galore-ours", "fira-ours")
