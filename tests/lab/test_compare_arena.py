@@ -21,6 +21,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from lorapre.lab import timing
 from lorapre.lab.compare import arena
 from lorapre.lab.compare.folder import ArenaFolder
 from lorapre.lab.compare.plan import SEARCHES, Job, Planner
@@ -390,3 +391,41 @@ def test_step_times_leave_out_the_warm_up_and_share_out_rare_work() -> None:
 
 def test_too_few_steps_have_no_times() -> None:
     assert summarise([0.0] * 6, [1.0] * 6) == {"optimizer_ms": None, "training_ms": None}
+
+
+def test_the_clock_of_a_gpu_keeps_few_events_and_stays_exact_over_a_long_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, alive, most = 0.0, 0, 0
+
+    class Event:
+        """Torch's, on a GPU whose every operation takes 3.125 ms; a difference is float32, as CUDA's is."""
+
+        def __init__(self, enable_timing: bool) -> None:
+            nonlocal alive, most
+            assert enable_timing
+            alive += 1
+            most = max(most, alive)
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+        def record(self) -> None:
+            nonlocal now
+            now += 3.125
+            self.at = now
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, other: Event) -> float:
+            return torch.tensor(other.at - self.at, dtype=torch.float32).item()
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    gpu = timing._CudaClock()
+    marks = 3 * timing._CudaClock.KEPT + 5
+    for _ in range(marks):
+        gpu.mark()
+    assert gpu.milliseconds() == [3.125 * number for number in range(marks)]
+    assert gpu.milliseconds() == [3.125 * number for number in range(marks)]  # reading does not add to them
+    assert most <= timing._CudaClock.KEPT + 1
+    assert timing._CudaClock().milliseconds() == []

@@ -23,6 +23,13 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 class MetricsWriter(TrainerCallback):
     """Appends one JSON line a log or validation to ``metrics.jsonl``.
 
@@ -133,9 +140,7 @@ class _Remaining(ProgressColumn):
         if done <= 0 or task.total is None or task.elapsed is None:
             return Text("ETA --:--")
         left = int(task.elapsed / done * (task.total - task.completed))
-        hours, minutes = divmod(left // 60, 60)
-        clock = f"{hours}:{minutes:02}:{left % 60:02}" if hours else f"{minutes}:{left % 60:02}"
-        return Text(f"ETA {clock}")
+        return Text(f"ETA {clock(left)}")
 
 
 class ProgressBar(TrainerCallback):

@@ -33,7 +33,7 @@ def print_dry_run(config: PretrainConfig, console: Console) -> None:
         plan.model.with_vocabulary(vocabulary, vocabulary - 1)
     model = plan.model.build(config.seed, device="meta")
     entry = OPTIMIZERS[config.optimizer]
-    adamw = adamw_state_bytes(model)
+    adamw = adamw_state_bytes(model.parameters())
     parameters = sum(param.numel() for param in model.parameters())
     memory = _memory(config, entry, model)
 
@@ -79,7 +79,7 @@ def _memory(config: PretrainConfig, entry: OptimizerEntry, model: nn.Module) -> 
     if entry.compresses_stacks or matrices is None:
         estimate = estimate_memory(param_groups(model, rank=config.rank))
         return _Memory(estimate.weights, estimate.gradients, estimate.state, estimate.scratch)
-    others = adamw_state_bytes(model) - sum(2 * p.numel() * p.element_size() + 4 for p in matrix_parameters(model))
+    others = adamw_state_bytes(model.parameters()) - adamw_state_bytes(matrix_parameters(model))
     if entry.prepare is not None:
         entry.prepare(model, config)
     params = list(model.parameters())

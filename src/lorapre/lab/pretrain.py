@@ -17,7 +17,7 @@ from lorapre.lab.data import TextCorpus
 from lorapre.lab.errors import UserError
 from lorapre.lab.plots import plot_loss
 from lorapre.lab.preparation import Plan, load_planned_corpus, plan_run, record_provenance
-from lorapre.lab.run_folder import RunFolder, write_atomically, write_json
+from lorapre.lab.run_folder import RunFolder, write_json, write_text
 from lorapre.lab.training import train
 
 _Result = TypeVar("_Result")
@@ -90,7 +90,7 @@ def run_pretraining(config: PretrainConfig, out: Path, console: Console, *, resu
         single = config.model_copy(update={"optimizer": name, "compare": []})
         if state.is_main_process and run is not folder:
             run.path.mkdir(exist_ok=True)
-            _write_config(run, single)
+            write_text(run.config, single.to_yaml())
             write_json(run.provenance, json.loads(folder.provenance.read_text(encoding="utf-8")))
         summaries[name] = train(
             single,
@@ -145,15 +145,10 @@ def _prepare(plan: Plan, folder: RunFolder, console: Console, *, resume: bool) -
         bigram = corpus.bigram_cross_entropy()
         folder.check_space(_disk_bytes(plan))
         if not resume:
-            _write_config(folder, config)  # first: --resume takes a folder that has it
+            write_text(folder.config, config.to_yaml())  # first: --resume takes a folder that has it
         option = f"--resume --out {folder.path}"
         record_provenance(folder.provenance, corpus, seed=config.seed, option=option)
     return corpus, bigram
-
-
-def _write_config(folder: RunFolder, config: PretrainConfig) -> None:
-    text = config.to_yaml()
-    write_atomically(folder.config, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _disk_bytes(plan: Plan) -> int:

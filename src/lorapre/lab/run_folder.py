@@ -35,10 +35,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         _remove(temporary)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as indented JSON, atomically."""
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def _remove(path: Path) -> None:
@@ -161,6 +165,5 @@ class RunFolder:
     def rewind_metrics(self, step: int) -> list[dict[str, Any]]:
         """Drop the records after ``step``, which the resumed run will write again; return the others."""
         kept = [record for record in self.read_metrics() if record["step"] <= step]
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        write_atomically(self.metrics, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(self.metrics, "".join(json.dumps(record) + "\n" for record in kept))
         return kept

@@ -158,7 +158,7 @@ def train(
     entry = find_optimizer(config.optimizer)
     torch.serialization.add_safe_globals(list(entry.checkpoint_types()))
     others = {id(param) for param in model.parameters()} - {id(param) for param in matrix_parameters(model)}
-    formula_bytes, adamw_bytes = matrix_state_bytes(entry, model, config.rank), adamw_state_bytes(model)
+    formula_bytes, adamw_bytes = matrix_state_bytes(entry, model, config.rank), adamw_state_bytes(model.parameters())
     if entry.prepare is not None:
         entry.prepare(model, config)
     matrices = [param for param in model.parameters() if param.requires_grad and id(param) not in others]

@@ -16,7 +16,7 @@ from lorapre.lab.compare.folder import ArenaFolder
 from lorapre.lab.compare.plan import SEARCHES, Ask, Job, Planner, SearchName, choose_search
 from lorapre.lab.compare.pool import ProcessPool, Slot, slots
 from lorapre.lab.compare.progress import ArenaProgress
-from lorapre.lab.compare.runs import RunStore, record_failure
+from lorapre.lab.compare.runs import RunStore, losses_of, record_failure
 from lorapre.lab.compare.worker import Assignment, run_assignment
 from lorapre.lab.config import PretrainConfig, read_yaml
 from lorapre.lab.data import TextCorpus
@@ -24,7 +24,7 @@ from lorapre.lab.errors import UserError
 from lorapre.lab.optimizers import check_rank_compresses, find_optimizer
 from lorapre.lab.preparation import load_planned_corpus, plan_run, record_provenance
 from lorapre.lab.provenance import provenance
-from lorapre.lab.run_folder import RunFolder, write_atomically, write_json
+from lorapre.lab.run_folder import RunFolder, write_json, write_text
 
 #: What a worker imports, quiet first.
 WORKER_MODULES = ("lorapre.lab.quiet", "lorapre.lab.compare.worker")
@@ -76,6 +76,8 @@ class Arena:
                 check_rank_compresses(meta, config.training.model_copy(update={"rank": contestant.rank}))
         self._by_key = {contestant.key: contestant for contestant in self.contestants}
         self._corpus, self._bigram = self._open()
+        fitted = self._plan.model.build(config.training.seed, device="meta")  # to the data's vocabulary
+        self._parameters = sum(param.numel() for param in fitted.parameters())
         self._slots = slots(config.jobs_per_device)
 
     def _open(self) -> tuple[TextCorpus, float]:
@@ -91,8 +93,7 @@ class Arena:
         corpus = load_planned_corpus(self._plan, self._console)
         bigram = corpus.bigram_cross_entropy()
         record_provenance(folder.provenance, corpus, seed=self.config.training.seed, option=f"--out {path}")
-        text = self.config.to_yaml()
-        write_atomically(folder.config, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        write_text(folder.config, self.config.to_yaml())
         return corpus, bigram
 
     def run(self) -> None:
@@ -114,7 +115,6 @@ class Arena:
         self._write_plan(search, notes, complete=True)
 
     def _write_plan(self, search: SearchName, notes: list[str], *, complete: bool) -> None:
-        model = self._plan.model.build(self.config.training.seed, device="meta")
         entries = [find_optimizer(contestant.optimizer) for contestant in self.contestants]
         facts = {
             "command": self._command,
@@ -124,7 +124,7 @@ class Arena:
             "contestants": [{"optimizer": c.optimizer, "rank": c.rank} for c in self.contestants],
             "notes": notes,
             "bigram_loss": self._bigram,
-            "parameters": sum(param.numel() for param in model.parameters()),
+            "parameters": self._parameters,
             "data": self._corpus.description,
             "environment": provenance(seed=self.config.training.seed),
             "packages": {entry.package: entry.installed_version() for entry in entries if entry.package is not None},
@@ -182,7 +182,7 @@ class Arena:
 
     def _time_alone(self, planners: dict[str, Planner]) -> None:
         """Train each contestant a little with a device to itself: where runs share one, their times say nothing."""
-        losses = {job: outcome.loss for job, outcome in self.folder.runs.outcomes().items()}
+        losses = losses_of(self.folder.runs.outcomes())
         rates = {key: planner.choice(losses).lr for key, planner in planners.items()}
         seed = self.config.training.seed
         jobs = [Job(key, lr, seed, TIMING_STEPS) for key, lr in rates.items() if lr is not None]
@@ -197,8 +197,7 @@ class Arena:
     def _make_runs(self, pool: ProcessPool[Job], planners: dict[str, Planner], progress: ArenaProgress) -> int:
         """Run until nothing is asked for, or the budget ends; the number of runs that were not made for that."""
         store = self.folder.runs
-        outcomes = store.outcomes()
-        losses = {job: outcome.loss for job, outcome in outcomes.items()}
+        losses = losses_of(store.outcomes())
         order = {key: number for number, key in enumerate(planners)}
         for job in losses:
             progress.known(job)

@@ -12,10 +12,10 @@ from lorapre.lab.compare.folder import ArenaFolder
 from lorapre.lab.compare.plan import Job, Planner
 from lorapre.lab.compare.results import Comparison
 from lorapre.lab.compare.rows import build_rows
-from lorapre.lab.compare.runs import Outcome
+from lorapre.lab.compare.runs import Outcome, losses_of
 from lorapre.lab.config import PretrainConfig, read_yaml, validated
 from lorapre.lab.errors import UserError
-from lorapre.lab.optimizers.ours import DENSE_LR
+from lorapre.lab.optimizers.entry import DENSE_LR
 
 
 def collect(folder: ArenaFolder) -> Comparison:
@@ -49,7 +49,7 @@ def collect(folder: ArenaFolder) -> Comparison:
 def _incomplete(planners: Mapping[str, Planner], outcomes: Mapping[Job, Outcome], plan: dict[str, Any]) -> list[str]:
     if plan["complete"]:
         return []
-    losses = {job: outcome.loss for job, outcome in outcomes.items()}
+    losses = losses_of(outcomes)
     asked = sum(len(planner.asks(losses)) for planner in planners.values())
     return [f"This comparison was interrupted: at least {asked} run(s) are missing."]
 

@@ -46,7 +46,7 @@ from lorapre.lab.compare.tables import (
     rate_losses,
     reasons,
 )
-from lorapre.lab.run_folder import write_atomically
+from lorapre.lab.run_folder import write_text
 
 #: Heading, what a sort compares, what is shown.
 Column = tuple[str, Callable[[Row], float | str | None], Callable[[Row], str]]
@@ -275,5 +275,4 @@ def render_page(comparison: Comparison) -> str:
 
 def write_page(comparison: Comparison, path: Path) -> None:
     """Write the page to ``path``, atomically."""
-    text = render_page(comparison)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, render_page(comparison))

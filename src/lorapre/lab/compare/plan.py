@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -164,21 +165,21 @@ class Planner:
         edge = best is not None and len(reached) > 1 and best in (min(reached), max(reached))
         return Choice(best, tuple((lr, reached[lr][1]) for lr in sorted(reached)), edge)
 
-    def total_steps(self) -> int:
-        """Steps of all runs, if the grid does not grow: what a budget is compared with."""
-        total, rates = 0, len(self.grid)
+    def _lengths(self) -> list[int]:
+        """Steps of each run, if the grid does not grow."""
+        lengths, rates = [self.steps] * (len(self.seeds) - 1), len(self.grid)
         for rung in self.search.rungs:
             rates = rates if rung.keep is None else min(rates, rung.keep)
-            total += rates * self.rung_steps(rung)
-        return total + (len(self.seeds) - 1) * self.steps
+            lengths += [self.rung_steps(rung)] * rates
+        return lengths
+
+    def total_steps(self) -> int:
+        """Steps of all runs, if the grid does not grow: what a budget is compared with."""
+        return sum(self._lengths())
 
     def total_runs(self) -> int:
         """Number of runs, if the grid does not grow."""
-        count, rates = 0, len(self.grid)
-        for rung in self.search.rungs:
-            rates = rates if rung.keep is None else min(rates, rung.keep)
-            count += rates
-        return count + len(self.seeds) - 1
+        return len(self._lengths())
 
 
 def _rank_key(loss: float | None) -> float:
@@ -203,7 +204,7 @@ def choose_search(
     """
     estimate = math.inf
     for search in SEARCHES.values():
-        trial = [Planner(p.contestant, p.grid, p.extend, p.seeds, p.steps, search) for p in planners]
+        trial = [dataclasses.replace(planner, search=search) for planner in planners]
         work = sum(p.total_steps() * seconds_per_step[p.contestant] + p.total_runs() * start_seconds for p in trial)
         estimate = work / devices
         if estimate <= budget:

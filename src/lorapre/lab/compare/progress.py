@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -14,15 +13,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from lorapre.lab.callbacks import clock
 from lorapre.lab.compare.plan import Job, Planner
 from lorapre.lab.compare.runs import Outcome, RunStore
-
-
-def clock(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+from lorapre.lab.run_folder import RunFolder
 
 
 def describe(job: Job) -> str:
@@ -107,22 +101,10 @@ class ArenaProgress:
         self._live.update(Group(self._progress, *(Text.from_markup(self._line(job)) for job in running)))
 
     def _line(self, job: Job) -> str:
-        record = _last_record(self._store, job)
+        records = RunFolder(self._store.folder(job)).read_metrics()
         state = "starting"
-        if record is not None:
+        if records:
+            record = records[-1]
             loss = record.get("loss", record.get("valid_loss"))
             state = f"step {record['step']}/{job.steps}" + (f" loss {loss:.3f}" if loss is not None else "")
         return f"  [dim]{escape(describe(job))}: {state}[/]"
-
-
-def _last_record(store: RunStore, job: Job) -> dict[str, float] | None:
-    path = store.folder(job) / "metrics.jsonl"
-    if not path.exists():
-        return None
-    for line in reversed(path.read_text(encoding="utf-8").splitlines()):
-        try:
-            record: dict[str, float] = json.loads(line)
-        except json.JSONDecodeError:  # it is being written
-            continue
-        return record
-    return None

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from lorapre.lab.callbacks import perplexity
 from lorapre.lab.compare.contestants import Contestant
-from lorapre.lab.compare.plan import Job, Planner
+from lorapre.lab.compare.plan import Choice, Job, Planner
 from lorapre.lab.compare.results import Row, Status
-from lorapre.lab.compare.runs import Outcome
+from lorapre.lab.compare.runs import Outcome, losses_of
 from lorapre.lab.optimizers import OPTIMIZERS
 
 #: The one whose final loss the others are timed to.
@@ -31,15 +31,16 @@ def build_rows(
         outcomes: all runs that have ended.
         timings: short runs with a device to themselves, made where ``outcomes`` shared theirs.
     """
-    chosen = {c.key: _chosen_runs(planners[c.key], outcomes) for c in contestants}
+    losses = losses_of(outcomes)
+    choices = {c.key: planners[c.key].choice(losses) for c in contestants}
+    chosen = {c.key: _chosen_runs(planners[c.key], choices[c.key], outcomes) for c in contestants}
     reference = _mean([outcome.loss for outcome in chosen.get(REFERENCE, ())])
-    rows = [_row(c, planners[c.key], chosen[c.key], outcomes, timings, reference) for c in contestants]
+    rows = [_row(c, choices[c.key], chosen[c.key], outcomes, timings, reference) for c in contestants]
     return tuple(sorted(rows, key=lambda row: (row.loss is None, row.loss or 0.0)))
 
 
-def _chosen_runs(planner: Planner, outcomes: Mapping[Job, Outcome]) -> list[Outcome]:
+def _chosen_runs(planner: Planner, choice: Choice, outcomes: Mapping[Job, Outcome]) -> list[Outcome]:
     """The finished runs of full length at the chosen rate, in the order of the seeds."""
-    choice = planner.choice({job: outcome.loss for job, outcome in outcomes.items()})
     if choice.lr is None:
         return []
     jobs = (Job(planner.contestant, choice.lr, seed, planner.steps) for seed in planner.seeds)
@@ -49,17 +50,16 @@ def _chosen_runs(planner: Planner, outcomes: Mapping[Job, Outcome]) -> list[Outc
 
 def _row(
     contestant: Contestant,
-    planner: Planner,
+    choice: Choice,
     runs: Sequence[Outcome],
     outcomes: Mapping[Job, Outcome],
     timings: Mapping[Job, Outcome],
     reference: float | None,
 ) -> Row:
     entry = OPTIMIZERS[contestant.optimizer]
-    choice = planner.choice({job: outcome.loss for job, outcome in outcomes.items()})
     losses = [outcome.loss for outcome in runs if outcome.loss is not None]
     loss = _mean(losses)
-    status, reason = _status(planner, runs, outcomes)
+    status, reason = _status(contestant.key, runs, outcomes)
     # Where several runs shared a device, their times say more about each other than about the optimizer.
     alone = [outcome for outcome in runs if not outcome.shared_device]
     alone = alone or [timing for job, timing in timings.items() if job.contestant == contestant.key and timing.summary]
@@ -92,14 +92,10 @@ def _row(
     )
 
 
-def _status(planner: Planner, runs: Sequence[Outcome], outcomes: Mapping[Job, Outcome]) -> tuple[Status, str]:
+def _status(key: str, runs: Sequence[Outcome], outcomes: Mapping[Job, Outcome]) -> tuple[Status, str]:
     if runs:
         return "finished", ""
-    broken = [
-        outcome
-        for job, outcome in outcomes.items()
-        if job.contestant == planner.contestant and outcome.status != "finished"
-    ]
+    broken = [outcome for job, outcome in outcomes.items() if job.contestant == key and outcome.status != "finished"]
     if not broken:
         return "missing", "no run of full length has been made yet"
     failed = [outcome for outcome in broken if outcome.status == "failed"]

@@ -56,6 +56,11 @@ class Outcome:
         )
 
 
+def losses_of(outcomes: Mapping[Job, Outcome]) -> dict[Job, float | None]:
+    """What a `Planner` asks for: the final loss of each run, None of a broken one."""
+    return {job: outcome.loss for job, outcome in outcomes.items()}
+
+
 class RunStore:
     """All run folders of one comparison, under ``root``."""
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lorapre.lab.compare.facts import full_length, headlines, label, loss_text, not_run_yet, short_rates
 from lorapre.lab.compare.results import Comparison, Row
-from lorapre.lab.run_folder import write_atomically, write_json
+from lorapre.lab.run_folder import write_json, write_text
 from lorapre.optim.summary import format_bytes
 
 DASH = "–"
@@ -197,12 +197,8 @@ def table_content(comparison: Comparison) -> dict[str, Any]:
 
 def write_tables(comparison: Comparison, folder: Path) -> None:
     """Write ``table.md``, ``table.csv`` and ``table.json`` into ``folder``, each atomically."""
-    for name, text in (("table.md", markdown(comparison)), ("table.csv", csv_text(comparison))):
-
-        def write(path: Path, text: str = text) -> None:
-            path.write_text(text, encoding="utf-8")
-
-        write_atomically(folder / name, write)
+    write_text(folder / "table.md", markdown(comparison))
+    write_text(folder / "table.csv", csv_text(comparison))
     write_json(folder / "table.json", table_content(comparison))
 
 

@@ -20,7 +20,7 @@ from lorapre.lab.compare.runs import record_failure
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.errors import TrainingDivergedError
 from lorapre.lab.preparation import load_planned_corpus, plan_run
-from lorapre.lab.run_folder import RunFolder, write_atomically
+from lorapre.lab.run_folder import RunFolder, write_text
 from lorapre.lab.training import train
 
 
@@ -59,7 +59,7 @@ def run_assignment(assignment: Assignment) -> None:
 def _train(assignment: Assignment) -> None:
     config = PretrainConfig.model_validate(assignment.config)
     folder = RunFolder(assignment.folder)
-    write_atomically(folder.config, lambda path: path.write_text(config.to_yaml(), encoding="utf-8"))
+    write_text(folder.config, config.to_yaml())
     console = Console(width=100)
     plan = plan_run(config)
     corpus = load_planned_corpus(plan, console)

@@ -10,7 +10,7 @@ from lorapre import param_groups
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.errors import UserError
 from lorapre.lab.optimizers import galore_family, low_rank, ours, packaged, torch_peers, weights
-from lorapre.lab.optimizers.entry import OptimizerEntry
+from lorapre.lab.optimizers.entry import OptimizerEntry, adamw_bytes
 from lorapre.routing import matrix_view, resolve_rank
 
 __all__ = [
@@ -61,7 +61,7 @@ def matrix_state_bytes(entry: OptimizerEntry, model: nn.Module, rank: int | floa
         p, q = param.shape if param.ndim == 2 else (0, 0)
         r = resolve_rank(rank, p, q) if param.ndim == 2 else 0
         own = param.ndim == 2 and (not entry.ranked or r < min(p, q))
-        total += entry.state_bytes(p, q, r) if own else 4 * (2 * param.numel() + 1)
+        total += entry.state_bytes(p, q, r) if own else adamw_bytes(param.numel())
     return total
 
 

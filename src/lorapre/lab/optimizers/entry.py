@@ -22,6 +22,15 @@ Prepare = Callable[[nn.Module, PretrainConfig], None]
 MatrixBytes = Callable[[int, int, int], int]
 
 
+#: What embeddings, head and norms take under every optimizer; searched for the main job, for ours and AdamW alike.
+DENSE_LR = 4e-3
+
+
+def adamw_bytes(numbers: int, width: int = 4) -> int:
+    """State of torch.optim.AdamW for a parameter of ``numbers`` of ``width`` bytes: two moments, a float32 counter."""
+    return 2 * numbers * width + 4
+
+
 def _no_types() -> list[type]:
     return []
 
@@ -41,9 +50,8 @@ class OptimizerEntry:
         state_bytes: bytes of optimizer state of one float32 matrix of (p, q) at rank r; r is ignored where the
             method has none.
         default_lr: peak learning rate of the matrices where none is given.
-        default_dense_lr: peak learning rate of everything else.
-        lr_grid: where ``lorapre compare --lr-grid auto`` begins to search, ascending.
         ranked: whether ``--rank`` means something.
+        default_dense_lr: peak learning rate of everything else.
         package: the distribution that holds the implementation, if it is not this one or torch.
         prepare: changes the model before the optimizer is built (factorised weights); None leaves it as it is.
         limitations: what a reader of a table should know about this implementation; empty if there is nothing.
@@ -58,14 +66,18 @@ class OptimizerEntry:
     build: Build
     state_bytes: MatrixBytes
     default_lr: float
-    default_dense_lr: float
-    lr_grid: tuple[float, ...]
     ranked: bool
+    default_dense_lr: float = DENSE_LR
     package: str | None = None
     prepare: Prepare | None = None
     limitations: str = ""
     compresses_stacks: bool = False
     checkpoint_types: Callable[[], list[type]] = _no_types
+
+    @property
+    def lr_grid(self) -> tuple[float, ...]:
+        """Where ``lorapre compare --lr-grid auto`` begins to search: the default and two rates on each side of it."""
+        return tuple(self.default_lr * 2.0**power for power in range(-2, 3))
 
     def installed_version(self) -> str | None:
         """Version of ``package``; torch's where the optimizer needs none; None if it is not installed."""
@@ -120,8 +132,3 @@ def split_parameters(model: nn.Module, *, rank: int | float | None, dense_lr: fl
         if others:
             dense.append({"params": others, "lr": dense_lr})
     return ParameterSplit(low_rank, full_rank, dense)
-
-
-def geometric_grid(center: float, factor: float = 2.0, each_side: int = 2) -> tuple[float, ...]:
-    """``center`` and ``each_side`` learning rates below and above it, ascending."""
-    return tuple(center * factor**power for power in range(-each_side, each_side + 1))

@@ -26,10 +26,8 @@ from lorapre.lab.optimizers.entry import (
     Group,
     OptimizerEntry,
     ParameterSplit,
-    geometric_grid,
     split_parameters,
 )
-from lorapre.lab.optimizers.ours import DENSE_LR
 
 #: Steps between two projections, in the pre-training scripts of all three.
 _GAP = 200
@@ -120,8 +118,6 @@ ENTRIES = (
         build=_galore,
         state_bytes=_galore_bytes,
         default_lr=1e-2,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-2),
         ranked=True,
         package="galore-torch",
         limitations=(
@@ -137,8 +133,6 @@ ENTRIES = (
         build=_fira,
         state_bytes=_fira_bytes,
         default_lr=1e-2,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-2),
         ranked=True,
         package="fira",
         limitations=(
@@ -154,8 +148,6 @@ ENTRIES = (
         build=_apollo(scale_type="channel", scale=1.0),
         state_bytes=_apollo_bytes,
         default_lr=1e-2,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-2),
         ranked=True,
         package="apollo-torch",
         limitations=(
@@ -171,8 +163,6 @@ ENTRIES = (
         build=_apollo(scale_type="tensor", scale=128.0, rank=1),
         state_bytes=lambda p, q, r: _apollo_bytes(p, q, 1),
         default_lr=5e-3,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(5e-3),
         ranked=False,
         package="apollo-torch",
         limitations="Projections are seeded by a matrix's place in the model, not by --seed.",

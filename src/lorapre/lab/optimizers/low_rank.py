@@ -15,8 +15,7 @@ from lorapre.lab.baselines.mlorc import MLorc
 from lorapre.lab.baselines.mofasgd import MoFaSGD
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.optimizers.beside import adam_options, beside_adamw, full_rank_groups, low_rank_groups
-from lorapre.lab.optimizers.entry import Build, ClassAndKwargs, OptimizerEntry, geometric_grid, split_parameters
-from lorapre.lab.optimizers.ours import DENSE_LR
+from lorapre.lab.optimizers.entry import Build, ClassAndKwargs, OptimizerEntry, split_parameters
 
 #: Decay rate of momentum where the update is orthogonal, as of the row `muon`; ``--beta1`` is Adam's.
 _MUON_BETA = 0.95
@@ -73,8 +72,6 @@ ENTRIES = (
         build=_adam_like(GaLore),
         state_bytes=_galore_bytes,
         default_lr=1e-2,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-2),
         ranked=True,
         limitations="Steps 1, 201, ... take a full SVD of every matrix. The update never leaves the subspace between "
         "them.",
@@ -86,8 +83,6 @@ ENTRIES = (
         build=_adam_like(Fira),
         state_bytes=_fira_bytes,
         default_lr=1e-2,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-2),
         ranked=True,
         limitations="Steps 1, 201, ... take a full SVD of every matrix. The residual is the released code's, which "
         "keeps 1 - alpha of the projected gradient.",
@@ -99,8 +94,6 @@ ENTRIES = (
         build=_muon_like(GaLoreMuon),
         state_bytes=_galore_muon_bytes,
         default_lr=1e-2,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-2),
         ranked=True,
         limitations="Steps 1, 201, ... take a full SVD of every matrix. Nesterov momentum 0.95, whatever --beta1 says, "
         "and the update's scale are Muon's in torch; the settings behind published GaLore-Muon figures are not known. "
@@ -113,8 +106,6 @@ ENTRIES = (
         build=_adam_like(MLorc),
         state_bytes=_mlorc_bytes,
         default_lr=1e-3,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-3),
         ranked=True,
         limitations="A step builds both moments at full size, one matrix at a time, and takes two randomized SVDs of "
         "each matrix. Published for fine-tuning; the learning rate for pre-training is ours.",
@@ -126,8 +117,6 @@ ENTRIES = (
         build=_muon_like(MoFaSGD),
         state_bytes=_mofasgd_bytes,
         default_lr=2e-2,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(2e-2),
         ranked=True,
         limitations="The paper's step U V^T, of spectral norm lr whatever the matrix's shape; the released code "
         "divides by the singular values instead. Momentum is 0.95 whatever --beta1 says, without the released warm-up "
@@ -140,8 +129,6 @@ ENTRIES = (
         build=_adam_like(LDAdam),
         state_bytes=_ldadam_bytes,
         default_lr=2e-3,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(2e-3),
         ranked=True,
         limitations="The error feedback is a buffer of the matrix's full size, counted here; the released code keeps "
         "it in the gradient's memory, where it is not counted as state but cannot be freed either. Betas are the "

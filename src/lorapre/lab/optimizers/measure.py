@@ -6,9 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lorapre.lab.optimizers.entry import adamw_bytes
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
@@ -47,6 +49,6 @@ def state_bytes(optimizer: Optimizer, params: Iterable[Tensor] | None = None) ->
     return sum(storages.values())
 
 
-def adamw_state_bytes(model: nn.Module) -> int:
-    """What torch.optim.AdamW holds for ``model``: two numbers a weight in its dtype, and a float32 counter."""
-    return sum(2 * param.numel() * param.element_size() + 4 for param in model.parameters() if param.requires_grad)
+def adamw_state_bytes(params: Iterable[Tensor]) -> int:
+    """What torch.optim.AdamW holds for those of ``params`` that are trained."""
+    return sum(adamw_bytes(param.numel(), param.element_size()) for param in params if param.requires_grad)

@@ -10,11 +10,8 @@ from torch import nn
 
 from lorapre import LoRAPreAdamW, param_groups
 from lorapre.lab.config import PretrainConfig
-from lorapre.lab.optimizers.entry import Build, ClassAndKwargs, Group, OptimizerEntry, geometric_grid
+from lorapre.lab.optimizers.entry import Build, ClassAndKwargs, Group, OptimizerEntry, adamw_bytes
 from lorapre.optim.adamw import PAPER_PRESET
-
-#: What embeddings, head and norms take under every optimizer; searched for the main job, for ours and AdamW alike.
-DENSE_LR = 4e-3
 
 
 def _lorapre(options: Mapping[str, Any]) -> Build:
@@ -54,10 +51,6 @@ def _factors(p: int, q: int, r: int) -> int:
     return 4 * (2 * (p + q) * r + 1)
 
 
-def _two_moments(p: int, q: int, r: int) -> int:
-    return 4 * (2 * p * q + 1)
-
-
 ENTRIES = (
     OptimizerEntry(
         name="lorapre-adamw",
@@ -66,8 +59,6 @@ ENTRIES = (
         build=_lorapre({}),
         state_bytes=_factors,
         default_lr=5e-4,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(5e-4),
         ranked=True,
         compresses_stacks=True,
     ),
@@ -78,8 +69,6 @@ ENTRIES = (
         build=_lorapre(PAPER_PRESET),
         state_bytes=_factors,
         default_lr=2e-3,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(2e-3),
         ranked=True,
         compresses_stacks=True,
     ),
@@ -88,10 +77,8 @@ ENTRIES = (
         title="AdamW",
         source="arXiv 1711.05101; torch.optim",
         build=_adamw,
-        state_bytes=_two_moments,
+        state_bytes=lambda p, q, r: adamw_bytes(p * q),
         default_lr=1e-3,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-3),
         ranked=False,
     ),
 )

@@ -18,8 +18,7 @@ from lorapre.lab.optimizers.beside import (
     low_rank_groups,
     make_imported,
 )
-from lorapre.lab.optimizers.entry import ClassAndKwargs, Group, OptimizerEntry, geometric_grid, split_parameters
-from lorapre.lab.optimizers.ours import DENSE_LR
+from lorapre.lab.optimizers.entry import ClassAndKwargs, Group, OptimizerEntry, adamw_bytes, split_parameters
 
 #: Below this many numbers both 8-bit packages keep float32 state, in blocks of _BLOCK above.
 _MIN_8BIT = 4096
@@ -110,7 +109,7 @@ def _lora_rite(model: nn.Module, config: PretrainConfig, lr: float, dense_lr: fl
 
 def _torchao_bytes(p: int, q: int, r: int) -> int:
     if p * q < _MIN_8BIT or p * q % _BLOCK:
-        return 4 * (2 * p * q + 1)
+        return adamw_bytes(p * q)
     return 2 * (p * q + 4 * (p * q // _BLOCK)) + _CODE_TABLES + 4
 
 
@@ -149,8 +148,6 @@ ENTRIES = (
         build=_torchao,
         state_bytes=_torchao_bytes,
         default_lr=1e-3,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-3),
         ranked=False,
         package="torchao",
         limitations=(
@@ -166,8 +163,6 @@ ENTRIES = (
         build=_bitsandbytes,
         state_bytes=_bitsandbytes_bytes,
         default_lr=1e-3,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-3),
         ranked=False,
         package="bitsandbytes",
         limitations="All matrices of a device share the two code tables, 2 kB that are counted for each here.",
@@ -179,8 +174,6 @@ ENTRIES = (
         build=_flora,
         state_bytes=_flora_bytes,
         default_lr=4e-2,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(4e-2),
         ranked=True,
         package="flora-opt",
         limitations=(
@@ -195,8 +188,6 @@ ENTRIES = (
         build=_adam_mini,
         state_bytes=_adam_mini_bytes,
         default_lr=1e-3,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-3),
         ranked=False,
         package="adam-mini",
         limitations=(
@@ -211,8 +202,6 @@ ENTRIES = (
         build=_came,
         state_bytes=_came_bytes,
         default_lr=3.5e-4,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(3.5e-4),
         ranked=False,
         package="came-pytorch",
         limitations="Nothing corrects the bias of the averages; beta3 follows beta2 as 1 - (1 - beta2) / 10.",
@@ -224,8 +213,6 @@ ENTRIES = (
         build=_lora_rite,
         state_bytes=_lora_rite_bytes,
         default_lr=1e-3,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-3),
         ranked=True,
         package="pytorch-optimizer",
         prepare=_lora_prepare,

@@ -9,8 +9,7 @@ from torch import nn
 
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.optimizers.beside import adam_options, beside_adamw, full_rank_groups
-from lorapre.lab.optimizers.entry import ClassAndKwargs, OptimizerEntry, geometric_grid, split_parameters
-from lorapre.lab.optimizers.ours import DENSE_LR
+from lorapre.lab.optimizers.entry import ClassAndKwargs, OptimizerEntry, adamw_bytes, split_parameters
 
 
 def _adam_without_momentum(model: nn.Module, config: PretrainConfig, lr: float, dense_lr: float) -> ClassAndKwargs:
@@ -45,10 +44,6 @@ def _sgd(model: nn.Module, config: PretrainConfig, lr: float, dense_lr: float) -
     return beside_adamw((make, full_rank_groups(split)), split.dense, config, lr)
 
 
-def _two_moments(p: int, q: int, r: int) -> int:
-    return 4 * (2 * p * q + 1)
-
-
 def _one_moment(p: int, q: int, r: int) -> int:
     return 4 * p * q
 
@@ -63,10 +58,8 @@ ENTRIES = (
         title="AdamW, beta1 = 0",
         source="arXiv 1711.05101; torch.optim",
         build=_adam_without_momentum,
-        state_bytes=_two_moments,
+        state_bytes=lambda p, q, r: adamw_bytes(p * q),
         default_lr=1e-3,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-3),
         ranked=False,
         limitations="torch keeps the first moment, here a copy of the gradient; the method needs half the state.",
     ),
@@ -77,8 +70,6 @@ ENTRIES = (
         build=_muon,
         state_bytes=_one_moment,
         default_lr=2.5e-3,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(2.5e-3),
         ranked=False,
         limitations="Momentum is 0.95 with Nesterov whatever --beta1 says; Newton-Schulz runs in bfloat16.",
     ),
@@ -89,8 +80,6 @@ ENTRIES = (
         build=_adafactor,
         state_bytes=_row_and_column,
         default_lr=4e-2,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(4e-2),
         ranked=False,
         limitations=(
             "The learning rate is relative to the RMS of each matrix and capped at 1 / sqrt(step), which outlasts "
@@ -104,8 +93,6 @@ ENTRIES = (
         build=_sgd,
         state_bytes=_one_moment,
         default_lr=0.2,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(0.2),
         ranked=False,
         limitations="Weight decay is added to the gradient, not decoupled; momentum is 0.9 whatever --beta1 says.",
     ),

@@ -15,8 +15,8 @@ from lorapre.lab.baselines.relora import ReLoRAAdamW
 from lorapre.lab.baselines.sltrain import sltrain_prepare, support_size
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.optimizers.beside import adam_options, beside_adamw
-from lorapre.lab.optimizers.entry import ClassAndKwargs, Group, OptimizerEntry, geometric_grid
-from lorapre.lab.optimizers.ours import DENSE_LR, adamw_groups
+from lorapre.lab.optimizers.entry import ClassAndKwargs, Group, OptimizerEntry
+from lorapre.lab.optimizers.ours import adamw_groups
 
 
 def weight_groups(model: nn.Module, dense_lr: float) -> tuple[Group, list[Group]]:
@@ -96,8 +96,6 @@ ENTRIES = (
         build=_adamw,
         state_bytes=_factor_bytes,
         default_lr=1e-3,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-3),
         ranked=True,
         prepare=low_rank_prepare,
         limitations=_RANDOM.format("each matrix is a product of rank r"),
@@ -109,8 +107,6 @@ ENTRIES = (
         build=_adamw,
         state_bytes=_factor_bytes,
         default_lr=1e-3,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-3),
         ranked=True,
         prepare=lora_prepare,
         limitations="changes the model: each matrix stays as it began but for a product of rank r; alpha 32 as in "
@@ -123,8 +119,6 @@ ENTRIES = (
         build=_relora,
         state_bytes=_factor_bytes,
         default_lr=1e-3,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-3),
         ranked=True,
         prepare=lora_prepare,
         limitations="changes the model: each matrix moves by products of rank r, merged every tenth of the run (at "
@@ -138,8 +132,6 @@ ENTRIES = (
         build=_adamw,
         state_bytes=_sltrain_bytes,
         default_lr=3e-3,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(3e-3),
         ranked=True,
         prepare=sltrain_prepare,
         limitations=_RANDOM.format("each matrix is a product of rank r plus 3 % of its entries") + "; alpha 32",
@@ -151,8 +143,6 @@ ENTRIES = (
         build=_loro,
         state_bytes=_factor_bytes,
         default_lr=1e-2,
-        default_dense_lr=DENSE_LR,
-        lr_grid=geometric_grid(1e-2),
         ranked=True,
         prepare=loro_prepare,
         limitations=_RANDOM.format("each matrix is a product of rank r")
