@@ -1,6 +1,6 @@
 """The arena behind ``results/arena-*``: LoRA-Pre against its rivals on real text, learning rates searched for each.
 
-    python benchmarks/arena.py 20m --corpus corpus --work runs/arena-20m --jobs-per-device 3 --seeds 3 --budget 20m
+    python benchmarks/arena.py 20m --corpus corpus --work runs/arena-20m --jobs-per-device 3 --seeds 2
 
 goes on with the runs that ``results/arena-20m/runs.tar.xz`` holds, makes those that are missing, and writes the folder
 again. ``--corpus`` is a folder with ``train-00.txt.xz``, ``train-01.txt.xz``, ``valid.txt.xz`` and ``tokenizer.json``
@@ -20,11 +20,12 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 
-#: The paper's preset at two ranks, this library's defaults, and the rivals that the paper and its reviewers name;
-#: GaLore once more at the bytes of LoRA-Pre's lower rank.
+#: The paper's preset at two ranks, the same regression with this library's safeguards, and the rivals that the paper
+#: and its reviewers name; GaLore once more at the bytes of LoRA-Pre's lower rank.
 CONTESTANTS = (
-    "lorapre-adamw-paper@1/4,lorapre-adamw-paper@1/32,lorapre-adamw@1/4,adamw,adam-beta1-0,muon,galore@1/4,fira@1/4,"
-    "apollo@1/4,galore-ours@=lorapre-adamw-paper@1/32,adafactor,adamw-8bit"
+    "lorapre-adamw-paper@1/4,lorapre-adamw-paper@1/32,"
+    "lorapre-adamw+regression=newton+second_moment=hadamard+residual_gain=null+eps_mode=absolute@1/4,"
+    "adamw,adam-beta1-0,muon,galore@1/4,fira@1/4,apollo@1/4,galore-ours@=lorapre-adamw-paper@1/32,adafactor,adamw-8bit"
 )
 
 #: What all arenas share: 50 million tokens in 1,525 steps of 128 x 256, embeddings, head and norms at one rate.

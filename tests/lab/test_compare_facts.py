@@ -97,6 +97,10 @@ def test_headlines_name_the_best_and_those_not_told_apart_from_it() -> None:
     )
     alone = facts.headlines(small_comparison(best, far))
     assert "told apart" not in alone[0]
+    # one seed has no spread of its own: the widest of all decides
+    once_near, once_far = result(OURS, 3.243, None), result(ADAMW, 3.7, None)
+    found = facts.headlines(small_comparison(best, once_near, once_far))
+    assert found[0].endswith("Not told apart from it by the spread over seeds: LoRA-Pre AdamW r=0.25.")
     single = facts.headlines(small_comparison(result(best, 3.24, None), far))
     assert single[0].endswith("With a single seed the order of close contestants may be chance.")
 

@@ -325,11 +325,12 @@ def _best(rows: Sequence[Row]) -> tuple[str, str]:
         return said, ""
     if best.loss_spread is None:
         return said, "With a single seed the order of close contestants may be chance."
+    # A contestant with one seed has no spread of its own; the widest that was seen stands in for it.
+    widest = max(row.loss_spread for row in rows if row.loss_spread is not None)
     ties = []
     for row in rows[1:]:
-        spread = _spread(best, row)
-        difference = (row.loss or 0.0) - (best.loss or 0.0)
-        if spread is None or difference <= max(spread, PRINTED):
+        spread = widest if row.loss_spread is None else max(best.loss_spread, row.loss_spread)
+        if (row.loss or 0.0) - (best.loss or 0.0) <= max(spread, PRINTED):
             ties.append(label(row))
     return said, f"Not told apart from it by the spread over seeds: {'; '.join(ties)}." if ties else ""
 
