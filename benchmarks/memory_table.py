@@ -4,7 +4,8 @@
     python benchmarks/memory_table.py --write    # put it into README.md
 
 The models are GaLore's Llama configurations with 32,000 tokens and untied head; the state is float32, and includes
-what embeddings, head and norms need. Bytes are those of the optimizers' own state tensors.
+what embeddings, head and norms need. LoRA-Pre is LoRAPreAdamW with its defaults. Bytes are those of the optimizers' own
+state tensors.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import nn
 
 from _support import ReferenceRun, Shape, assert_close, gradients, make_params, relative_difference
 from lorapre import LoRAPreAdamW, reference
-from lorapre.backends import eager
+from lorapre.backends import batches
 
 STEPS = 100
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
@@ -35,14 +35,17 @@ class Case:
 
 MIXED: tuple[Shape, ...] = ((12, 20), (12, 20), (24, 10), (16, 16))
 PAIR: tuple[Shape, ...] = ((12, 20), (16, 10))
-PAPER = {"damping_mode": "absolute", "damping": 1e-6, "bias_correction": "paper"}
+#: The regression of the paper with the safeguards of its own (relative damping, exact bias correction).
+NEWTON = {"regression": "newton", "second_moment": "hadamard", "residual_gain": None}
+PAPER = {**NEWTON, "damping_mode": "absolute", "damping": 1e-6, "bias_correction": "paper", "eps_mode": "absolute"}
+SOME = frozenset({(0, 0), (0, 1), (2, 5), (1, 50), (3, 99)})
+ALL_ELSE = {"weight_decay": 0.1, "scale": 0.5, "maximize": True}
 CASES = [
     Case("tall", ((40, 12),)),
     Case("wide", ((12, 40),)),
     Case("square", ((20, 20),)),
     Case("rank one", ((16, 24), (24, 16)), rank=1),
-    # damped more than the default: see the head of this file
-    Case("rank one below the smaller side", ((10, 24), (12, 12)), rank=0.95, options={"damping": 1e-3}),
+    Case("rank one below the smaller side", ((10, 24), (12, 12)), rank=0.95),
     Case("fractional rank", ((16, 24), (32, 8)), rank=0.25),
     Case("several shapes mixed", MIXED),
     Case("stack of matrices", ((3, 12, 16), (12, 16)), rank=3),
@@ -51,11 +54,15 @@ CASES = [
     Case("1-d convolution flattened", ((12, 5, 3),), options={"view_3d": "flatten"}),
     Case("weight decay", PAIR, options={"weight_decay": 0.1, "lr": 1e-2}),
     Case("no weight decay", ((12, 20),), options={"weight_decay": 0.0}),
-    Case("bias correction of the paper", PAIR, options={"bias_correction": "paper"}),
-    Case("absolute damping", PAIR, options={"damping_mode": "absolute", "damping": 1e-4}),
-    Case("all of the paper", PAIR, options=PAPER),
-    Case("more relative damping", PAIR, options={"damping": 1e-2}),
+    Case("residual gain of the paper", PAIR, options={"residual_gain": None}),
+    Case("no residual", PAIR, options={"residual_gain": 0.0}),
+    Case("residual gain below 1", PAIR, options={"residual_gain": 0.3}),
+    Case("residual gain above 1", PAIR, options={"residual_gain": 2.0}),
+    Case("hadamard", (*PAIR, (2, 12, 16)), options={"second_moment": "hadamard"}),
+    Case("hadamard of another rank", PAIR, options={"second_moment": "hadamard", "second_moment_rank": 2}),
+    Case("hadamard of full rank", PAIR, options={"second_moment": "hadamard", "second_moment_rank": 16}),
     Case("full second moment", (*PAIR, (2, 12, 16)), options={"second_moment": "full"}),
+    Case("absolute eps", PAIR, options={"eps_mode": "absolute"}),
     Case("maximize", PAIR, options={"maximize": True, "weight_decay": 0.1}),
     Case("maximize with a full second moment", PAIR, options={"maximize": True, "second_moment": "full"}),
     Case("scale", PAIR, options={"scale": 0.25, "weight_decay": 0.1}),
@@ -64,12 +71,13 @@ CASES = [
     Case("large eps", PAIR, options={"eps": 1e-2}),
     Case("tensor lr", PAIR, tensor_lr=True, options={"weight_decay": 0.1}),
     # The counters then differ between matrices of one shape, which no longer fit into one batch.
-    Case("gradients missing at some steps", MIXED, missing=frozenset({(0, 0), (0, 1), (2, 5), (1, 50), (3, 99)})),
+    Case("gradients missing at some steps", MIXED, missing=SOME),
+    Case("gradients missing, on the device", MIXED, options={"capturable": True}, missing=SOME),
     Case(
-        "gradients missing, on the device",
+        "gradients missing, on the device, gain below 1",
         MIXED,
-        options={"capturable": True},
-        missing=frozenset({(0, 0), (0, 1), (2, 5), (1, 50), (3, 99)}),
+        options={"capturable": True, "residual_gain": None},
+        missing=SOME,
     ),
     Case("capturable stack", ((3, 12, 16), (3, 12, 16)), rank=3, options={"capturable": True}),
     Case(
@@ -79,6 +87,29 @@ CASES = [
         tensor_lr=True,
     ),
     Case("capturable with a full second moment", PAIR, options={"capturable": True, "second_moment": "full"}),
+    Case("newton tall", ((40, 12),), options=NEWTON),
+    Case("newton wide", ((12, 40),), options=NEWTON),
+    Case("newton square", ((20, 20),), options=NEWTON),
+    Case("newton rank one", ((16, 24), (24, 16)), rank=1, options=NEWTON),
+    # damped more than the default: see the head of this file
+    Case(
+        "newton rank one below the smaller side",
+        ((10, 24), (12, 12)),
+        rank=0.95,
+        options={**NEWTON, "damping": 1e-3},
+    ),
+    Case("newton several shapes mixed", (*MIXED, (3, 12, 16)), options=NEWTON),
+    Case("newton convolution", ((12, 3, 3, 3),), options=NEWTON),
+    Case("newton bias correction of the paper", PAIR, options={**NEWTON, "bias_correction": "paper"}),
+    Case("newton absolute damping", PAIR, options={**NEWTON, "damping_mode": "absolute", "damping": 1e-4}),
+    Case("all of the paper", PAIR, options=PAPER),
+    Case("newton more relative damping", PAIR, options={**NEWTON, "damping": 1e-2}),
+    Case("newton with a residual gain and rank-1 v", PAIR, options={"regression": "newton"}),
+    Case("newton full second moment", PAIR, options={**NEWTON, "second_moment": "full"}),
+    Case("newton maximize, scale, weight decay", PAIR, options={**NEWTON, **ALL_ELSE}),
+    Case("newton no memory in m", ((12, 20),), options={**NEWTON, "betas": (0.0, 0.9)}),
+    Case("newton, gradients missing", MIXED, options=NEWTON, missing=SOME),
+    Case("newton capturable", MIXED, options={**NEWTON, **ALL_ELSE, "capturable": True}, missing=SOME, tensor_lr=True),
 ]
 
 
@@ -112,7 +143,9 @@ def test_hundred_steps_follow_the_paper_in_both_precisions(case: Case, device: t
 
 @pytest.mark.parametrize("limit", [1, 240, 500])
 @pytest.mark.parametrize(
-    "options", [{}, {"second_moment": "full"}, {"capturable": True}], ids=["hadamard", "full", "capturable"]
+    "options",
+    [{}, {"second_moment": "full"}, {"capturable": True}, NEWTON],
+    ids=["subspace", "full", "capturable", "newton"],
 )
 def test_pieces_of_limited_scratch_give_what_one_batch_gives(
     limit: int, options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -130,7 +163,7 @@ def test_pieces_of_limited_scratch_give_what_one_batch_gives(
         return params, optimizer
 
     whole_params, whole = run()
-    monkeypatch.setattr(eager, "MAX_SCRATCH_NUMEL", limit)
+    monkeypatch.setattr(batches, "MAX_SCRATCH_NUMEL", limit)
     piece_params, pieces = run()
     for a, b in zip(piece_params, whole_params, strict=True):
         assert_close(a, b, 1e-12, "W")
@@ -140,17 +173,17 @@ def test_pieces_of_limited_scratch_give_what_one_batch_gives(
 
 def test_a_bucket_is_cut_only_where_its_scratch_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    original = eager._lorapre_adamw_piece
+    original = batches.Piece.apply
 
-    def spy(bucket: eager.AdamBucket, *rest: Any) -> None:
-        sizes.append(len(bucket.params))
-        original(bucket, *rest)
+    def spy(piece: batches.Piece, *rest: Any, **options: Any) -> None:
+        sizes.append(len(piece.G))
+        original(piece, *rest, **options)
 
-    monkeypatch.setattr(eager, "_lorapre_adamw_piece", spy)
+    monkeypatch.setattr(batches.Piece, "apply", spy)
     params = make_params([(8, 10)] * 5, torch.float32, torch.device("cpu"))
     optimizer = LoRAPreAdamW(params, rank=2)
     for limit, expected in ((2**26, [5]), (5 * 80, [5]), (2 * 80, [2, 2, 1]), (1, [1] * 5)):
-        monkeypatch.setattr(eager, "MAX_SCRATCH_NUMEL", limit)
+        monkeypatch.setattr(batches, "MAX_SCRATCH_NUMEL", limit)
         sizes.clear()
         for param in params:
             param.grad = torch.randn_like(param)

@@ -8,14 +8,18 @@ float, or a tensor that broadcasts against (n, 1, 1) where the matrices are at d
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from lorapre.subspace import orthonormalize, sweep, tangent_step
+
 Coefficient: TypeAlias = float | Tensor
 DampingMode: TypeAlias = Literal["absolute", "relative"]
 BiasCorrection: TypeAlias = Literal["paper", "exact"]
+Regression: TypeAlias = Literal["newton", "subspace", "tangent"]
 
 #: Mean square of a right factor's rows under which `advance` rescales the pair, long before float32 underflows.
 _VANISHING = 1e-20
@@ -54,9 +58,17 @@ def second_moment_correction(beta2: float, step: Coefficient, mode: BiasCorrecti
 
 
 def initial_right_factor(
-    shape: torch.Size | tuple[int, ...], *, seed: int, key: str, dtype: torch.dtype, device: torch.device
+    shape: torch.Size | tuple[int, ...],
+    *,
+    seed: int,
+    key: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    orthonormal: bool = False,
 ) -> Tensor:
     """Draw A ~ N(0, 0.02^2) of ``shape`` (..., r, q) (Algorithm 1) from a generator of its own.
+
+    With ``orthonormal`` its rows are replaced by an orthonormal basis of what they span.
 
     The stream depends on ``seed`` and ``key`` (parameter name or index, and which factor) alone, and is drawn
     on the CPU in float32 whatever ``dtype`` and ``device`` are: every rank and every process gets the same
@@ -67,7 +79,9 @@ def initial_right_factor(
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     values = torch.randn(shape, generator=generator, dtype=torch.float32) * INIT_STD
-    return values.to(device=device, dtype=dtype)
+    if orthonormal:
+        values = orthonormalize(values.double().view(-1, *shape[-2:]).mT).mT.reshape(shape).float()
+    return values.contiguous().to(device=device, dtype=dtype)
 
 
 def damped_inverse(
@@ -100,53 +114,163 @@ def damped_inverse(
     return (lower_inverse.mT @ lower_inverse).to(dtype), size.sqrt().to(dtype)
 
 
-def advance(
+@dataclass(frozen=True)
+class Regressor:
+    """How factors follow a stream of matrices: which regression, and what makes its inverses safe.
+
+    ``newton`` is Theorem 3.1 (equations (1) and (2)), ``subspace`` and ``tangent`` are `lorapre.subspace`, where
+    nothing is inverted and ``damping`` means nothing.
+    """
+
+    regression: Regression
+    damping: float
+    damping_mode: DampingMode
+
+    def project(self, A: Tensor, G: Tensor) -> Tensor:
+        """The coefficients C (n, p, r) of P(G) = C A, the part of G (n, p, q) in the row space of A (n, r, q)."""
+        if self.regression != "newton":
+            return torch.bmm(G, A.mT)
+        return left_target(A, G, self.damping, self.damping_mode)
+
+    def advance(
+        self, B: Tensor, A: Tensor, G: Tensor, left: Tensor, *, decay: float, gain: float, on: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The factors (B, A) of step t, in G's dtype, from those of step t - 1: M moves to decay M + gain G.
+
+        Args:
+            B: (n, p, r).
+            A: (n, r, q).
+            G: (n, p, q).
+            left: what `project` gave for this A and G.
+            decay: weight of the old momentum, beta of an average and mu of a sum.
+            gain: weight of the gradient, 1 - beta of an average and 1 of a sum.
+            on: a 0-d bool tensor; where False the factors stay as they are.
+        """
+        if self.regression == "newton":
+            new_B, new_A = newton_step(
+                B, A, G, left, decay=decay, gain=gain, damping=self.damping, mode=self.damping_mode
+            )
+        elif self.regression == "subspace":
+            new_B, new_A = sweep(B, A, G, left, decay=decay, gain=gain)
+        else:
+            new_B, new_A = tangent_step(B, A, G, left, decay=decay, gain=gain)
+        if on is None:
+            return new_B, new_A
+        return torch.where(on, new_B, B), torch.where(on, new_A, A)
+
+
+def left_target(A: Tensor, G: Tensor, damping: float, mode: DampingMode) -> Tensor:
+    """Equation (1)'s least-squares left factor G A^T (A A^T + delta I)^-1, (n, p, r), inverted in float64."""
+    A64 = A.double()
+    inverse, root = damped_inverse(A64 @ A64.mT, damping, mode, G.dtype)
+    return torch.bmm(torch.bmm(G, A.mT) / root, inverse) / root
+
+
+def newton_step(
     B: Tensor,
     A: Tensor,
     G: Tensor,
+    left: Tensor,
     *,
-    rate: Coefficient,
+    decay: float,
+    gain: float,
     damping: float,
     mode: DampingMode,
 ) -> tuple[Tensor, Tensor]:
-    """Equations (1) and (2): the factors of step t from those of step t - 1, simultaneously.
+    """Equations (1) and (2), or (9): the factors of step t from those of step t - 1, simultaneously.
 
-    Both right-hand sides read the old factors; a sequential update (A reading the new B) is another algorithm
-    and explodes at high rank when damping is small. Returns new tensors (n, p, r) and (n, r, q) in G's dtype.
+    Two factors share the momentum's decay, hence its square root; a target's weight is that of the momentum's
+    steady state, gain / (1 - decay), which is 1 for an average. Both right-hand sides read the old factors; a
+    sequential update (A reading the new B) is another algorithm and explodes at high rank when damping is small.
 
     The Gram matrices and their inverses are computed in float64 whatever G is: a Gram matrix squares the condition
     number, and the paper's absolute damping of 1e-6 lies below float32's rounding of it, so that a float32
     Cholesky decomposition fails on factors that training does produce.
     """
-    A64, B64 = A.double(), B.double()
-    A_gram, B_gram = A64 @ A64.mT, B64.mT @ B64  # (n, r, r)
-    del A64, B64
-    inverse, root = damped_inverse(A_gram, damping, mode, G.dtype)
-    B_target = torch.bmm(torch.bmm(G, A.mT) / root, inverse) / root  # (n, p, r)
+    rate = 1.0 - decay**0.5
+    weight = gain / (1.0 - decay)
+    B64 = B.double()
+    B_gram = B64.mT @ B64  # (n, r, r)
+    del B64
     coming = None
     if mode == "relative":
-        coming = (rate * B_target.double()).square().sum(dim=(-2, -1), keepdim=True) / B.shape[-1]  # (n, 1, 1)
+        coming = (rate * weight * left.double()).square().sum(dim=(-2, -1), keepdim=True) / B.shape[-1]  # (n, 1, 1)
     inverse, root = damped_inverse(B_gram, damping, mode, G.dtype, coming)
-    A_target = torch.bmm(inverse, torch.bmm(B.mT, G) / root) / root  # (n, r, q)
-    new_B, new_A = torch.lerp(B, B_target, rate), torch.lerp(A, A_target, rate)
+    right = torch.bmm(inverse, torch.bmm(B.mT, G) / root) / root  # (n, r, q)
+    new_B, new_A = torch.lerp(B, left * weight, rate), torch.lerp(A, right * weight, rate)
     if mode == "relative":
         # Zero gradients (an expert that no token reaches) shrink both factors until float32 has no more of
         # them, and a pair of zeros never learns again. Only the product means anything: move the size over.
-        A_size = A_gram.diagonal(dim1=-2, dim2=-1).mean(dim=-1)[:, None, None]  # (n, 1, 1)
-        vanishing = (A_size < _VANISHING) & (A_size > 0)
-        if isinstance(rate, Tensor):  # a step that is left out changes nothing
-            vanishing &= rate > 0
-        gauge = torch.where(vanishing, A_size.rsqrt(), 1.0).to(G.dtype)
+        A_size = A.double().square().mean(dim=(-2, -1), keepdim=True) * A.shape[-1]  # (n, 1, 1)
+        gauge = torch.where((A_size < _VANISHING) & (A_size > 0), A_size.rsqrt(), 1.0).to(G.dtype)
         new_B, new_A = new_B / gauge, new_A * gauge
     return new_B, new_A
 
 
-def first_moment(B: Tensor, A: Tensor, G: Tensor, beta1: float) -> Tensor:
-    """Equation (4): m_t = beta1 m_B m_A + (1 - beta1) G, (n, p, q), from the factors of step t - 1."""
-    return torch.baddbmm(G, B, A, beta=1.0 - beta1, alpha=beta1)
+def residual_weight(gain: float, step: Coefficient) -> Coefficient:
+    """The weight of G - P(G) at step t for a ``residual_gain`` of ``gain``, bias correction included.
+
+    An average of decay 1 - gain gives its newest entry gain / (1 - (1 - gain)^t): 1 at the first step, ``gain`` in
+    the end. For the paper's gain, 1 - beta1, this is equations (4) and (6); from 1 on it is ``gain`` throughout.
+    """
+    if gain >= 1.0 or gain == 0.0:
+        return gain
+    weight: Coefficient = gain / (1.0 - (1.0 - gain) ** step)
+    return weight
+
+
+def read_momentum(
+    B: Tensor,
+    A: Tensor,
+    G: Tensor,
+    left: Tensor,
+    *,
+    keep: Coefficient,
+    inside: Coefficient,
+    outside: Coefficient,
+) -> Tensor:
+    """What enters the weight update, from the factors of step t - 1 and the whole gradient, (n, p, q):
+
+        m = keep B A + inside P(G) + outside (G - P(G)),  P(G) = left A
+
+    Equation (4) is keep = beta1 and inside = outside = 1 - beta1; (8) is mu, 1 and 1.
+    """
+    if isinstance(inside, float) and isinstance(outside, float) and inside == outside:
+        X = B * keep
+    else:
+        X = B * keep + left * (inside - outside)  # (n, p, r)
+    if isinstance(outside, Tensor):
+        return torch.baddbmm(G * outside, X, A)
+    return torch.baddbmm(G, X, A, beta=outside)
 
 
 def second_moment(B: Tensor, A: Tensor, G: Tensor, beta2: float) -> Tensor:
     """Equation (5): v_t = beta2 (v_B v_A)^2 + (1 - beta2) G^2, (n, p, q), from the factors of step t - 1."""
     v = torch.bmm(B, A)
     return v.square_().mul_(beta2).addcmul_(G, G, value=1.0 - beta2)
+
+
+def rank1_second_moment(row: Tensor, col: Tensor, G: Tensor, beta2: float) -> Tensor:
+    """v_t = beta2 row col / mean(row) + (1 - beta2) G^2, (n, p, q), from the row and column means of step t - 1.
+
+    The outer product is Adafactor's estimate (arXiv 1804.04235); G^2 enters in full, as in equation (5), so that
+    |G| / sqrt(v_t) cannot exceed (1 - beta2)^(-1/2). Non-negative by construction.
+
+    Args:
+        row: (n, p, 1), averages of the row means of G^2.
+        col: (n, 1, q), averages of its column means.
+        G: (n, p, q).
+        beta2: decay rate of v.
+    """
+    mean = row.mean(dim=-2, keepdim=True)  # (n, 1, 1)
+    scaled = torch.where(mean > 0, row / mean, 0.0) * beta2
+    return torch.mul(scaled, col).addcmul_(G, G, value=1.0 - beta2)
+
+
+def advance_rank1(row: Tensor, col: Tensor, G: Tensor, rate: Coefficient) -> tuple[Tensor, Tensor]:
+    """The averages of G^2's row means (n, p, 1) and column means (n, 1, q), one step of ``rate`` = 1 - beta2 on."""
+    p, q = G.shape[-2:]
+    # As norms, which need no buffer of G's size for the squares.
+    rows = torch.linalg.vector_norm(G, dim=-1, keepdim=True).square_() / q
+    cols = torch.linalg.vector_norm(G, dim=-2, keepdim=True).square_() / p
+    return torch.lerp(row, rows, rate), torch.lerp(col, cols, rate)

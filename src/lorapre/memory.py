@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
-from lorapre.backends.eager import MAX_SCRATCH_NUMEL
+from lorapre.backends.batches import MAX_SCRATCH_NUMEL
 from lorapre.optim.adamw import LoRAPreAdamW
+from lorapre.optim.base import FactoredOptimizer, Group
+from lorapre.optim.dense import DenseAdamW
+from lorapre.optim.lion import LoRAPreLion
+from lorapre.optim.muon import LoRAPreMuon
 from lorapre.optim.param_groups import param_groups
-from lorapre.routing import MatrixView
+from lorapre.optim.sgd import LoRAPreSGD
+from lorapre.routing import MatrixView, with_rank
+
+#: Those whose temporaries are counted here.
+_KNOWN = (LoRAPreAdamW, LoRAPreMuon, LoRAPreSGD, LoRAPreLion)
 
 
 @dataclass(frozen=True)
@@ -21,8 +30,8 @@ class MemoryEstimate:
     """Bytes, activations excluded (they depend on batch and sequence).
 
     ``state`` and ``adamw_state`` are exact; ``scratch`` bounds what ``step()`` allocates on top, for one batch
-    of matrices at a time (gradients, m and v in float32 or wider, and their factors) or all dense parameters of a
-    group.
+    of matrices at a time (gradients, momentum and more in float32 or wider, and the factors) or all dense parameters
+    of a group.
     """
 
     weights: int
@@ -38,19 +47,28 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    model: nn.Module | Iterable[dict[str, Any]], rank: int | float | None = None, **options: Any
+    model: nn.Module | Iterable[dict[str, Any]],
+    rank: int | float | None = None,
+    *,
+    optimizer: type[FactoredOptimizer] = LoRAPreAdamW,
+    **options: Any,
 ) -> MemoryEstimate:
-    """Memory of training ``model`` with `LoRAPreAdamW`; nothing is allocated.
+    """Memory of training ``model`` with ``optimizer``; nothing is allocated.
 
     Args:
         model: a module, on any device (build it under ``torch.device("meta")`` to pay nothing), or parameter
             groups as `lorapre.param_groups` returns them.
         rank: as in the optimizer; ignored groups that set their own keep it.
+        optimizer: `LoRAPreAdamW`, `LoRAPreMuon`, `LoRAPreSGD` or `LoRAPreLion`.
         **options: other options of the optimizer, such as ``second_moment`` or ``state_dtype``.
 
     Raises:
         ValueError: an option is out of range.
+        TypeError: ``optimizer`` is another class, or does not have an option.
     """
+    if not issubclass(optimizer, _KNOWN):
+        known = ", ".join(kind.__name__ for kind in _KNOWN)
+        raise TypeError(f"The memory of {optimizer.__name__} is not known. Give one of {known}.")
     groups = param_groups(model) if isinstance(model, nn.Module) else [dict(group) for group in model]
     params: list[Tensor] = []
     for group in groups:
@@ -63,8 +81,8 @@ def estimate_memory(
         ]
     if rank is not None:
         options["rank"] = rank
-    optimizer = LoRAPreAdamW(groups, **options)
-    summary = optimizer.summary()
+    built = optimizer(groups, **options)
+    summary = built.summary()
     gradients = sum(param.numel() * param.element_size() for param in params)
     every = model.parameters() if isinstance(model, nn.Module) else params  # frozen ones are weights too
     return MemoryEstimate(
@@ -72,33 +90,107 @@ def estimate_memory(
         gradients=gradients,
         state=summary.state_bytes,
         adamw_state=summary.adamw_bytes,
-        scratch=_scratch_bytes(optimizer),
+        scratch=scratch_bytes(built) or 0,
     )
 
 
-def _scratch_bytes(optimizer: LoRAPreAdamW) -> int:
-    """Matrices and vectors are updated one after the other, piece by piece and group by group."""
+def scratch_bytes(optimizer: Optimizer) -> int | None:
+    """A bound of what ``step()`` of ``optimizer`` allocates, its parameters being on any device.
+
+    None for other people's optimizers, whose temporaries nobody has counted; torch's AdamW is known.
+    """
+    if type(optimizer) is torch.optim.AdamW:
+        return max((_adamw_scratch(_dense_sizes(group), group) for group in optimizer.param_groups), default=0)
+    if not isinstance(optimizer, _KNOWN):
+        return None
+    # Matrices and what is dense are updated one after the other, piece by piece and group by group.
     peaks = [0]
-    buckets: Counter[tuple[MatrixView, int, int]] = Counter()
     for group in optimizer.param_groups:
-        largest = together = copies = 0
+        buckets: Counter[_Kind] = Counter()
+        dense = []
         for param in group["params"]:
-            view, state_dtype = optimizer._view(param, group), optimizer._state_dtype(param, group)
-            width = torch.promote_types(torch.promote_types(param.dtype, state_dtype), torch.float32).itemsize
-            if view is not None:
-                buckets[view, param.numel(), width] += 1
-                continue
-            size = param.numel() * width
-            largest, together = max(largest, size), together + size
-            copies += 2 * size * (param.element_size() < width) + 2 * size * (state_dtype.itemsize < width)
-        # torch's AdamW one by one, or as lists; fused it needs nothing
-        negated = group["maximize"]
-        peaks.append(copies + (0 if group["capturable"] else max((3 + negated) * largest, (1 + negated) * together)))
-    for (view, numel, width), count in buckets.items():
-        n = min(count, max(1, MAX_SCRATCH_NUMEL // numel)) * view.batch
-        p, q, r = view.p, view.q, view.rank
-        # G, m and v; factors, projections and targets; in float64: factors, one right-hand side and its solution
-        # twice, and the Gram matrices with their decompositions
-        factors = 5 * width * (p + q) * r + 24 * max(p, q) * r + 48 * r * r
-        peaks.append(n * (3 * p * q * width + factors))
+            kind = _kind_of(param, optimizer, group)
+            if kind.view is None and isinstance(optimizer, DenseAdamW):
+                dense.append(kind)
+            elif kind.numel:
+                buckets[kind] += 1
+        peaks.append(_adamw_scratch(dense, group))
+        for kind, count in buckets.items():
+            together = min(count, max(1, MAX_SCRATCH_NUMEL // kind.numel))
+            peaks.append(together * _at_once(kind, optimizer, group))
     return max(peaks)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Parameters that are alike: how they are compressed, their size, and bytes of a number of weight and state.
+
+    ``width`` is that of the arithmetic.
+    """
+
+    view: MatrixView | None
+    shape: torch.Size
+    weight_width: int
+    state_width: int
+    width: int
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+
+def _kind_of(param: Tensor, optimizer: FactoredOptimizer, group: Group) -> _Kind:
+    state_dtype = optimizer._state_dtype(param, group)
+    width = torch.promote_types(torch.promote_types(param.dtype, state_dtype), torch.float32).itemsize
+    return _Kind(optimizer._view(param, group), param.shape, param.element_size(), state_dtype.itemsize, width)
+
+
+def _dense_sizes(group: Group) -> Iterator[_Kind]:
+    """torch's AdamW keeps its state in the weights' dtype, and computes in it."""
+    for param in group["params"]:
+        size = param.element_size()
+        yield _Kind(None, param.shape, size, size, size)
+
+
+def _adamw_scratch(kinds: Iterable[_Kind], group: Group) -> int:
+    """torch's AdamW for one group, on weights and states that are widened first."""
+    largest = together = copies = 0
+    for kind in kinds:
+        size = kind.numel * kind.width
+        largest, together = max(largest, size), together + size
+        copies += 2 * size * ((kind.weight_width < kind.width) + (kind.state_width < kind.width))
+    # One by one, or as lists; fused it needs nothing.
+    negated = group["maximize"]
+    return copies + (0 if group["capturable"] else max((3 + negated) * largest, (1 + negated) * together))
+
+
+def _at_once(kind: _Kind, optimizer: FactoredOptimizer, group: Group) -> int:
+    """Bytes that the update of one parameter holds at once, outside AdamW."""
+    view, width = kind.view, kind.width
+    narrow = kind.weight_width < width
+    if view is None:  # the gradient, the momentum old and new, and the two terms of their sum
+        return 5 * width * kind.numel
+    dense = width * view.p * view.q
+    factors = _factor_scratch(view, width)
+    if isinstance(optimizer, LoRAPreAdamW):
+        if group["second_moment"] == "hadamard" and group["second_moment_rank"] is not None:
+            factors = max(factors, _factor_scratch(with_rank(view, group["second_moment_rank"]), width))
+        peak = 3 * dense + factors  # the gradients, m and v
+    elif isinstance(optimizer, LoRAPreMuon) and group["orthogonalization"] == "newton_schulz":
+        # The gradients, m, two of the iteration's matrices and two of its Gram matrices.
+        peak = max(2 * dense + factors, 4 * dense + 2 * width * min(view.p, view.q) ** 2)
+    elif isinstance(optimizer, LoRAPreMuon):
+        peak = 3 * dense + factors  # the residual, its second moment and the update
+    else:
+        peak = 2 * dense + max(factors, dense * narrow)
+    return view.batch * peak
+
+
+def _factor_scratch(view: MatrixView, width: int) -> int:
+    """Bytes of what advancing the factors of one matrix holds at once, beside the gradient.
+
+    Copies of the factors, projections and targets or bases; in float64 factors, right-hand sides or bases before and
+    after a pass, and r x r matrices with their decompositions.
+    """
+    p, q, r = view.p, view.q, view.rank
+    return 5 * width * (p + q) * r + 24 * max(p, q) * r + 48 * r * r

@@ -20,6 +20,12 @@ The equations, as this project numbers them (in brackets: their place in the pap
 
 v_B and v_A follow |G| by (1) and (2) with gamma2. delta is the damping of Appendix C.1.
 
+Beyond the paper:
+
+    (11)  M' = beta m_B m_A + (1 - beta) G,  U = orth(M' m_A^T),  m_B m_A <- U U^T M',  m_A m_A^T = I
+    (12)  m_t = beta1 m_B m_A + (1 - beta1) P + c (G - P),  P the part of G in the row space of m_A
+    (13)  v_t = beta2 v_r v_c / mean(v_r) + (1 - beta2) G^2,  v_r and v_c averages of G^2's row and column means
+
 Shapes throughout: ``W``, ``G`` are (p, q); the left factors ``m_B``, ``v_B`` are (p, r); the right factors
 ``m_A``, ``v_A`` are (r, q).
 """
@@ -105,6 +111,31 @@ def advance_factors(
     return new_B, new_A
 
 
+def subspace_sweep(B: Tensor, A: Tensor, G: Tensor, *, keep: float, gain: float) -> tuple[Tensor, Tensor]:
+    """Equation (11), one sweep of block least squares on the averaged objective; A's rows are orthonormal.
+
+    Returns the new factors in the basis of the QR decomposition; only their product and A's row space are defined
+    by the equation.
+    """
+    average = keep * (B @ A) + gain * G
+    U = torch.linalg.qr(average @ A.T).Q
+    L = U.T @ average
+    new_A = torch.linalg.qr(L.T).Q.T
+    return U @ L @ new_A.T, new_A
+
+
+def residual_weight(gain: float, step: int) -> float:
+    """c of equation (12), bias-corrected as an average of decay 1 - c is: 1 at the first step, then down to c."""
+    return gain if gain >= 1 or gain == 0 else gain / (1 - (1 - gain) ** step)
+
+
+def rank1_second_moment(v_row: Tensor, v_col: Tensor, G: Tensor, beta2: float) -> Tensor:
+    """Equation (13): (p, q), from the means of step t - 1, ``v_row`` (p) and ``v_col`` (q)."""
+    mean = v_row.mean()
+    outer = torch.outer(v_row, v_col) / mean if mean > 0 else torch.zeros_like(G)
+    return beta2 * outer + (1 - beta2) * G**2
+
+
 def first_moment(m_B: Tensor, m_A: Tensor, G: Tensor, beta1: float) -> Tensor:
     """Equation (4): (p, q), from the factors of step t - 1."""
     return beta1 * (m_B @ m_A) + (1 - beta1) * G
@@ -133,13 +164,15 @@ def second_moment_correction(beta2: float, step: int, mode: Literal["paper", "ex
 
 @dataclass
 class AdamState:
-    """What Algorithm 1 remembers of one matrix. ``v`` (p, q) is set where the second moment is kept in full."""
+    """What Algorithm 1 remembers of one matrix, with one of three second moments."""
 
     m_B: Tensor  # (p, r)
     m_A: Tensor  # (r, q)
-    v_B: Tensor | None = None  # (p, r)
+    v_B: Tensor | None = None  # (p, r), factored
     v_A: Tensor | None = None  # (r, q)
-    v: Tensor | None = None  # (p, q)
+    v_row: Tensor | None = None  # (p,), of rank 1
+    v_col: Tensor | None = None  # (q,)
+    v: Tensor | None = None  # (p, q), in full
     step: int = 0
 
 
@@ -152,48 +185,55 @@ def lorapre_adam_step(
     beta1: float = 0.9,
     beta2: float = 0.95,
     eps: float = 1e-8,
+    eps_mode: Literal["absolute", "relative"] = "absolute",
     weight_decay: float = 0.0,
     scale: float = 1.0,
+    regression: Literal["newton", "subspace"] = "newton",
+    residual_gain: float | None = None,
     damping: float = 1e-6,
     damping_mode: Literal["absolute", "relative"] = "absolute",
     bias_correction: Literal["paper", "exact"] = "paper",
 ) -> Tensor:
     """Algorithm 1, equations (1) to (7), with the defaults of the paper. Returns the new W; advances ``state``.
 
-    Where ``state.v`` is given, the second moment is Adam's own, in full, and only the first is factored.
+    The rest is beyond the paper: ``regression="subspace"`` is equation (11), ``residual_gain`` c of (12), and
+    ``state`` may hold the second moment of (13), or Adam's own, in full. A relative ``eps`` is in units of the
+    matrix's root mean vhat.
     """
     state.step += 1
-    m = first_moment(state.m_B, state.m_A, G, beta1)
+    correction = first_moment_correction(beta1, state.step)
+    if residual_gain is None:
+        m_hat = first_moment(state.m_B, state.m_A, G, beta1) / correction
+    else:
+        target = G @ state.m_A.T if regression == "subspace" else left_target(state.m_A, G, damping, damping_mode)
+        inside = target @ state.m_A
+        m_hat = (beta1 * (state.m_B @ state.m_A) + (1 - beta1) * inside) / correction
+        m_hat = m_hat + residual_weight(residual_gain, state.step) * (G - inside)
+
+    def follow(B: Tensor, A: Tensor, target: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+        if regression == "subspace":
+            return subspace_sweep(B, A, target, keep=beta, gain=1 - beta)
+        gamma = first_moment_rate(beta)
+        return advance_factors(B, A, target, keep=1 - gamma, gain=gamma, damping=damping, damping_mode=damping_mode)
+
     if state.v is not None:
         state.v = beta2 * state.v + (1 - beta2) * G**2
-        v = state.v
-        v_hat = v / (1 - beta2**state.step)
+        v_hat = state.v / (1 - beta2**state.step)
+    elif state.v_row is not None:
+        assert state.v_col is not None
+        v_hat = rank1_second_moment(state.v_row, state.v_col, G, beta2) / (1 - beta2**state.step)
+        state.v_row = beta2 * state.v_row + (1 - beta2) * (G**2).mean(dim=1)
+        state.v_col = beta2 * state.v_col + (1 - beta2) * (G**2).mean(dim=0)
     else:
         assert state.v_B is not None
         assert state.v_A is not None
         v = second_moment(state.v_B, state.v_A, G, beta2)
         v_hat = v / second_moment_correction(beta2, state.step, bias_correction)
-        gamma2 = second_moment_rate(beta2)
-        state.v_B, state.v_A = advance_factors(
-            state.v_B,
-            state.v_A,
-            G.abs(),
-            keep=1 - gamma2,
-            gain=gamma2,
-            damping=damping,
-            damping_mode=damping_mode,
-        )
-    gamma1 = first_moment_rate(beta1)
-    state.m_B, state.m_A = advance_factors(
-        state.m_B,
-        state.m_A,
-        G,
-        keep=1 - gamma1,
-        gain=gamma1,
-        damping=damping,
-        damping_mode=damping_mode,
-    )
-    m_hat = m / first_moment_correction(beta1, state.step)
+        # The square root of v decays by sqrt(beta2), and each of its two factors by the root of that: equation (3).
+        state.v_B, state.v_A = follow(state.v_B, state.v_A, G.abs(), math.sqrt(beta2))
+    state.m_B, state.m_A = follow(state.m_B, state.m_A, G, beta1)
+    if eps_mode == "relative":
+        eps = eps * v_hat.mean().sqrt().item()
     return W - lr * (scale * m_hat / (v_hat.sqrt() + eps) + weight_decay * W)
 
 

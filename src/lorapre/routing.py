@@ -6,7 +6,7 @@ The optimizers, ``param_groups`` and the memory estimate all ask here, so that t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -41,21 +41,26 @@ class MatrixView:
         return self.batch * (self.p + self.q) * self.rank
 
 
-def check_rank(rank: int | float) -> None:
-    """Raise ``ValueError`` unless ``rank`` is an integer >= 1 or a fraction strictly between 0 and 1."""
+def check_rank(rank: int | float, name: str = "rank") -> None:
+    """Raise ``ValueError`` unless ``rank``, the option ``name``, is an integer >= 1 or a fraction between 0 and 1."""
     valid = not isinstance(rank, bool) and (
         (isinstance(rank, int) and rank >= 1) or (isinstance(rank, float) and 0 < rank < 1)
     )
     if not valid:
         raise ValueError(
-            f"Invalid rank: {rank!r}. Give an integer >= 1, or a float between 0 and 1 for a fraction of "
-            "each matrix's smaller side (rank=0.25 is a quarter)."
+            f"Invalid {name}: {rank!r}. Give an integer >= 1, or a float between 0 and 1 for a fraction of "
+            f"each matrix's smaller side ({name}=0.25 is a quarter)."
         )
 
 
 def resolve_rank(rank: int | float, p: int, q: int) -> int:
     """The rank of a (p, q) matrix: ``rank`` itself, or that fraction of min(p, q), at least 1."""
     return rank if isinstance(rank, int) else max(1, int(rank * min(p, q)))
+
+
+def with_rank(view: MatrixView, rank: int | float) -> MatrixView:
+    """``view`` at another rank, at most min(p, q)."""
+    return replace(view, rank=min(resolve_rank(rank, view.p, view.q), view.p, view.q))
 
 
 def matrix_view(shape: torch.Size | tuple[int, ...], rank: int | float, view_3d: View3D = "stack") -> MatrixView | None:

@@ -134,6 +134,20 @@ CASES: dict[str, Case] = {
     "rank nan": Case({"rank": "nan"}, ["--rank nan"]),
     "rank abc": Case({"rank": "abc"}, ["--rank abc", "0.25"]),
     "rank of every matrix": Case({"rank": 32}, ["--rank 32", "tiny.json", "32", "0.25"]),
+    "rank 5/4": Case({"rank": "5/4"}, ["--rank 5/4", "between 0 and 1", "1/32"]),
+    "option of no optimizer": Case({"set": "dampng=1"}, ["--set dampng=1", "'dampng'", "damping=0.0001", "leave it"]),
+    "option without a value": Case({"set": "eps"}, ["--set eps", "NAME=VALUE"]),
+    "option set twice": Case({"set": ["eps=1", "eps=2"]}, ["--set eps=2", "twice"]),
+    "option of no type": Case({"set": "scale=much"}, ["--set scale=much", "number", "scale=1.0"]),
+    "option that the optimizer refuses": Case({"set": "damping=0"}, ["--set damping=0", "above 0", "leave it out"]),
+    "option that the lab sets": Case({"set": "betas=[0.9,0.95]"}, ["--set betas=[0.9,0.95]", "--beta1"]),
+    "option of an optimizer that has none": Case(
+        {"optimizer": "muon", "set": "eps=1"}, ["--set eps=1", "muon takes no options", "lorapre-adamw"]
+    ),
+    "option in YAML": Case(
+        {"config": "options.yaml"}, ["--set damping=-1.0", "above 0"], yaml("options: {damping: -1}")
+    ),
+    "options in YAML that are none": Case({"config": "options.yaml"}, ["--set 3", "dictionary"], yaml("options: 3")),
     "negative lr": Case({"lr": -0.1}, ["--lr -0.1", "greater than 0"]),
     "nan lr": Case({"lr": "nan"}, ["--lr nan", "finite"]),
     "infinite lr": Case({"dense_lr": "inf"}, ["--dense-lr inf", "finite"]),

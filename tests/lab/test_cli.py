@@ -17,10 +17,11 @@ from _lab import Cli, exit_code, summary, tree, write_text
 from rich.cells import cell_len
 from rich.console import Console
 
+from lorapre import LoRAPreAdamW, LoRAPreLion, LoRAPreMuon, LoRAPreSGD, estimate_memory, param_groups
 from lorapre.lab import callbacks, cli
 from lorapre.lab.callbacks import ProgressBar
-from lorapre.lab.config import PRESETS, PretrainConfig, build_config
-from lorapre.lab.models import LLAMAS
+from lorapre.lab.config import PRESETS, PretrainConfig, build_config, option_name
+from lorapre.lab.models import LLAMAS, resolve_model
 from lorapre.lab.optimizers import OPTIMIZERS
 from lorapre.lab.pretrain import run_pretraining
 from lorapre.optim.summary import format_bytes
@@ -62,7 +63,7 @@ def test_help_of_pretrain_fits_80_columns_and_lists_every_option(
 ) -> None:
     text = show_help(capsys, monkeypatch, "pretrain", "--help")
     assert widest(text) <= 80
-    names = {name.replace("_", "-") for name in PretrainConfig.model_fields}
+    names = {option_name(name).removeprefix("--") for name in PretrainConfig.model_fields}
     names |= {"preset", "config", "out", "resume", "dry-run", "help"}
     assert names - set(re.findall(r"^│ --([a-z0-9-]+)", text, re.MULTILINE)) == set()
     assert "…" not in text
@@ -86,7 +87,7 @@ def test_help_names_every_choice_and_the_true_defaults(
     checked = 0
     config = PretrainConfig()
     for name in PretrainConfig.model_fields:
-        stated = re.search(r"default (-?[\d.]+\d|\d)( %)?", rows[name])
+        stated = re.search(r"default (-?[\d.]+\d|\d)( %)?", rows["set" if name == "options" else name])
         if stated and not stated[2]:
             actual = config.total_steps if name == "steps" else getattr(config, name)
             assert float(stated[1]) == actual, name
@@ -116,8 +117,15 @@ def test_optimizers_lists_every_name_with_its_state_and_what_it_lacks(
     assert lines.keys() == OPTIMIZERS.keys()
     assert " 1.00 " in lines["adamw"]
     # Two moments as four factors of a quarter of the rank: 2 (p + q) r = p q, half of AdamW's 2 p q.
-    assert " 0.50 " in lines["lorapre-adamw"]
+    assert " 0.50 " in lines["lorapre-adamw-paper"]
+    # One momentum as two factors: (p + q) r = p q / 2, a quarter of it.
+    for name in ("lorapre-muon", "lorapre-muon-paper", "lorapre-sgd", "lorapre-lion"):
+        assert " 0.25 " in lines[name]
     assert "needs galore-torch" in lines["galore"]
+    below = " ".join(line for line in printed if not line.startswith(("│", "┃")))
+    assert re.search(r"--set of lorapre-adamw, .*: .*second_moment", below)
+    assert re.search(r"--set of lorapre-muon, lorapre-muon-paper: momentum, nesterov, .*adjust_lr_fn", below)
+    assert re.search(r"--set of lorapre-lion: betas, ", below)
 
 
 @pytest.fixture
@@ -176,6 +184,7 @@ def test_every_preset_and_the_default_have_a_dry_run(pretrain: Cli, here: Path, 
         (["--optimizer", "adagrad"], "--optimizer adagrad"),
         (["--model", "llama-9000"], "llama-9000"),
         (["--batch-size", "7", "--accumulation", "2"], "--batch-size 7"),
+        (["--optimizer", "adamw", "--diagnose", "5"], "--diagnose 5"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -294,13 +303,48 @@ def test_the_eta_of_a_resumed_run_counts_its_own_steps_alone() -> None:
     bar.stop()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "galore-ours", "sltrain", "low-rank", "lorapre-adamw"])
-def test_a_dry_run_counts_what_the_run_then_holds(pretrain: Cli, here: Path, tiny: list[str], optimizer: str) -> None:
-    printed = pretrain(*tiny, "--optimizer", optimizer, "--dry-run").out
-    assert pretrain(*tiny, "--optimizer", optimizer, "--out", "run").code == 0
+@pytest.mark.parametrize(
+    "given",
+    [
+        *(["adamw"], ["muon"], ["galore-ours"], ["sltrain"], ["low-rank"], ["lorapre-adamw"]),
+        *(["lorapre-muon"], ["lorapre-muon-paper"], ["lorapre-sgd"], ["lorapre-lion"]),
+        ["lorapre-adamw", "--set", "second_moment=full", "--set", "state_dtype=bfloat16"],
+    ],
+    ids=" ".join,
+)
+def test_a_dry_run_counts_what_the_run_then_holds(pretrain: Cli, here: Path, tiny: list[str], given: list[str]) -> None:
+    printed = pretrain(*tiny, "--optimizer", *given, "--dry-run").out
+    assert pretrain(*tiny, "--optimizer", *given, "--out", "run").code == 0
     facts = summary(here / "run")
     assert (
         f"optimizer state  {format_bytes(facts['state_bytes'])} (AdamW: {format_bytes(facts['adamw_state_bytes'])})"
         in printed
     )
     assert f"weights          {format_bytes(4 * facts['parameters'])} " in printed
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind"),
+    [
+        ("lorapre-adamw", LoRAPreAdamW),
+        ("lorapre-muon", LoRAPreMuon),
+        ("lorapre-sgd", LoRAPreSGD),
+        ("lorapre-lion", LoRAPreLion),
+    ],
+)
+@pytest.mark.parametrize("rank", [8, 1])  # at 1 the embeddings' AdamW needs more than the matrices
+def test_a_dry_run_knows_the_scratch_of_our_optimizers_and_of_the_adamw_beside_them(
+    pretrain: Cli, tiny: list[str], optimizer: str, kind: Any, rank: int
+) -> None:
+    model = resolve_model("tiny.json").build(0, device="meta")
+    # The model's vocabulary is the tokenizer's, 300, as in its file.
+    matrices = [group for group in param_groups(model, rank=rank) if group.get("compress", True)]
+    dense = [2 * 300 * 32, 5 * 32]  # of a group AdamW takes a list of all numbers, or three times the largest tensor
+    beside = 4 * max(dense[0] * 3 // 2, dense[1])
+    own = estimate_memory(matrices, optimizer=kind).scratch
+    assert (own > beside) is (rank == 8) or kind in (LoRAPreAdamW, LoRAPreMuon)
+    expected = max(own, beside)
+    given = ["--optimizer", optimizer, "--rank", str(rank), "--dry-run"]
+    printed = " ".join(pretrain(*tiny, *given).out.split())
+    assert f"step scratch at most {format_bytes(expected)} " in printed
+    assert "step scratch not known" in " ".join(pretrain(*tiny, "--optimizer", "muon", "--dry-run").out.split())

@@ -10,11 +10,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorapre.lab.compare.config import CompareConfig, build_compare_config, parse_duration, parse_grid
-from lorapre.lab.compare.contestants import Contestant, parse_contestants, parse_rank
+from lorapre.lab.compare.contestants import Contestant, parse_contestants
 from lorapre.lab.compare.plan import SEARCHES, Job, Planner
 from lorapre.lab.compare.results import Status
 from lorapre.lab.compare.rows import build_rows, mean_curve, tokens_to_reach
 from lorapre.lab.compare.runs import Outcome
+from lorapre.lab.config import parse_rank
 from lorapre.lab.errors import UserError
 from lorapre.lab.optimizers import OPTIMIZERS, matrix_state_bytes
 
@@ -266,8 +267,9 @@ def test_a_comparison_keeps_its_own_defaults_only_where_nothing_else_is_given(tm
     preset = build_compare_config({}, {}, preset="galore-60m", config_file=None).training
     assert (preset.total_steps, preset.lr) == (1_100_000_000 // (512 * 256), None)
     file = tmp_path / "run.yaml"
-    file.write_text("steps: 33\nlr: 0.5\noptimizer: adamw\nsave_every: 5\nseed: 4\n")
+    file.write_text("steps: 33\nlr: 0.5\noptimizer: adamw\nsave_every: 5\nseed: 4\ndiagnose: 3\n")
     config = build_compare_config({"batch_size": 4}, {"seeds": 2}, preset=None, config_file=file)
+    assert config.training.diagnose is None
     assert (config.training.total_steps, config.training.batch_size, config.training.lr) == (33, 4, None)
     assert config.seed_list() == (4, 5)
 

@@ -101,6 +101,23 @@ def test_there_is_no_other_preset() -> None:
     assert set(PRESETS) == {name for name, *_ in PAPER}
 
 
+@pytest.mark.parametrize(("text", "rank"), [("1/4", 0.25), ("'1/32'", 1 / 32), ("'16'", 16), ("16", 16), ("0.1", 0.1)])
+def test_a_rank_in_a_file_is_written_as_on_the_command_line(tmp_path: Path, text: str, rank: float) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text(f"rank: {text}\n")
+    config = build_config({}, config_file=path)
+    assert config.rank == rank
+    assert type(config.rank) is type(rank)
+
+
+@pytest.mark.parametrize("text", ["5/4", "1/0", "quarter", "'0'", "true", "1.5"])
+def test_what_is_no_rank_in_a_file_is_refused_with_examples(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "options.yaml"
+    path.write_text(f"rank: {text}\n")
+    with pytest.raises(UserError, match=r"^--rank .*integer >= 1, or a f.*0\.25"):
+        build_config({}, config_file=path)
+
+
 def test_hf_alone_is_c4() -> None:
     assert build_config({"data": ["hf"]}).data == ["hf:allenai/c4:en"]
     assert build_config({"data": ["hf:a/b"]}).data == ["hf:a/b"]

@@ -126,8 +126,8 @@ def test_the_summary_says_what_was_trained(run: Path, lab: Path, part: str) -> N
 
 @pytest.mark.parametrize("part", [MAIN, TWIN])
 def test_bytes_of_state_equal_the_formula(run: Path, part: str) -> None:
-    # A quarter of the smaller side: rank 8 for all of them. Two float32 moments, and a counter a tensor.
-    factored = sum(2 * (p + q) * 8 * 4 for p, q in MATRICES)
+    # A quarter of the smaller side: rank 8 for all of them. In float32 m's factors, v's row and column; a counter.
+    factored = sum((p + q) * (8 + 1) * 4 for p, q in MATRICES)
     dense = sum(2 * numel * 4 for numel in DENSE)
     adamw = sum(2 * p * q * 4 for p, q in MATRICES) + dense + 4 * TENSORS
     facts = summary(run / part)
@@ -135,13 +135,21 @@ def test_bytes_of_state_equal_the_formula(run: Path, part: str) -> None:
     assert facts["adamw_state_bytes"] == adamw
 
 
-@pytest.mark.parametrize(("arguments", "rank"), [(["--rank", "5"], 5), (["--optimizer", "lorapre-adamw-paper"], 8)])
-def test_bytes_of_state_follow_the_rank_and_equal_what_the_dry_run_announces(
-    pretrain: Cli, tiny: list[str], here: Path, arguments: list[str], rank: int
+@pytest.mark.parametrize(
+    ("arguments", "ranks"),
+    [
+        (["--rank", "5", "--set", "second_moment=hadamard"], 5 + 5),
+        (["--rank", "5", "--set", "second_moment=hadamard", "--set", "second_moment_rank=2"], 5 + 2),
+        (["--rank", "5", "--set", "second_moment=rank1"], 5 + 1),
+        (["--optimizer", "lorapre-adamw-paper"], 8 + 8),
+    ],
+)
+def test_bytes_of_state_follow_rank_and_options_and_equal_what_the_dry_run_announces(
+    pretrain: Cli, tiny: list[str], here: Path, arguments: list[str], ranks: int
 ) -> None:
     announced = pretrain(*tiny, *arguments, "--dry-run").out
     assert pretrain(*tiny, *arguments, "--out", "run").code == 0
-    expected = sum(2 * (p + q) * rank * 4 for p, q in MATRICES) + sum(2 * n * 4 for n in DENSE) + 4 * TENSORS
+    expected = sum((p + q) * ranks * 4 for p, q in MATRICES) + sum(2 * n * 4 for n in DENSE) + 4 * TENSORS
     assert summary(here / "run")["state_bytes"] == expected
     assert f"{expected / 1000:.2f} kB" in announced
 

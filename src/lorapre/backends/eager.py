@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lorapre import factors
-from lorapre.factors import BiasCorrection, Coefficient, DampingMode
-from lorapre.routing import MatrixView
-
-#: Largest batch of p x q scratch, in numbers (256 MiB in float32); larger buckets are updated in pieces. Three
-#: such buffers live at once: the gradients, m and v.
-MAX_SCRATCH_NUMEL = 2**26
+from lorapre.backends.batches import Bucket, Piece
+from lorapre.factors import BiasCorrection, Coefficient, Regressor
 
 
 @dataclass(frozen=True)
@@ -25,162 +20,110 @@ class AdamHyperparameters:
     beta1: float
     beta2: float
     eps: float
+    relative_eps: bool
     weight_decay: float
     scale: float
-    damping: float
-    damping_mode: DampingMode
+    residual_gain: float
+    regressor: Regressor
     bias_correction: BiasCorrection
     maximize: bool
 
 
-@dataclass(frozen=True)
-class AdamBucket:
-    """Matrices of one shape, dtype and device, as lists with one entry a parameter; updated in place.
+def lorapre_adamw(bucket: Bucket, hyper: AdamHyperparameters) -> None:
+    """One step of LoRA-Pre Adam for a bucket of matrices, equations (1) to (7), in place.
 
-    Where the second moment is factored, ``v_Bs`` and ``v_As`` are given, otherwise ``exp_avg_sqs``.
+    The second moment is factored where the state has ``v_B`` and ``v_A``, of rank 1 where it has ``v_row`` and
+    ``v_col``, else Adam's own ``exp_avg_sq``.
     """
-
-    view: MatrixView
-    params: list[Tensor]
-    grads: list[Tensor]
-    m_Bs: list[Tensor]
-    m_As: list[Tensor]
-    v_Bs: list[Tensor]
-    v_As: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-
-    def pieces(self) -> Sequence[AdamBucket]:
-        """The bucket in parts whose p x q scratch stays below ``MAX_SCRATCH_NUMEL`` (or is one parameter)."""
-        size = max(1, MAX_SCRATCH_NUMEL // self.params[0].numel())
-        if size >= len(self.params):
-            return (self,)
-        return [
-            AdamBucket(
-                self.view,
-                *(
-                    tensors[start : start + size]
-                    for tensors in (
-                        self.params,
-                        self.grads,
-                        self.m_Bs,
-                        self.m_As,
-                        self.v_Bs,
-                        self.v_As,
-                        self.exp_avg_sqs,
-                    )
-                ),
-            )
-            for start in range(0, len(self.params), size)
-        ]
+    for piece in bucket.pieces():
+        _adamw_piece(piece, hyper)
 
 
-def gather(tensors: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A contiguous batch of ``shape`` (n, ...) in ``dtype``, copied from ``n`` or fewer equal parts of it."""
-    batch = torch.empty((len(tensors), *tensors[0].shape), dtype=dtype, device=tensors[0].device)
-    torch._foreach_copy_(list(batch.unbind(0)), tensors)
-    return batch.view(shape)
+def _adamw_piece(piece: Piece, hyper: AdamHyperparameters) -> None:
+    if hyper.maximize:
+        piece.G.neg_()
+    m = _first_moment(piece, hyper)  # (n, p, q), bias-corrected
+    v_hat = _second_moment(piece, hyper)  # (n, p, q)
+    eps: Coefficient = hyper.eps
+    if hyper.relative_eps:
+        eps = v_hat.mean(dim=(-2, -1), keepdim=True).sqrt() * hyper.eps
+    denominator = v_hat.sqrt_().add_(eps)
+    if hyper.relative_eps:
+        denominator.clamp_(min=torch.finfo(denominator.dtype).tiny)  # a matrix without gradients stays as it is
+    m.div_(denominator).mul_(-piece.on * hyper.lr * hyper.scale)
+    piece.apply(m, 1.0 - piece.on * hyper.lr * hyper.weight_decay, scratch=denominator)
 
 
-def scatter(batch: Tensor, tensors: list[Tensor]) -> None:
-    """The inverse of `gather`, into existing tensors, in their dtype."""
-    torch._foreach_copy_(tensors, list(batch.reshape(len(tensors), *tensors[0].shape).unbind(0)))
-
-
-def lorapre_adamw(
-    bucket: AdamBucket, hyper: AdamHyperparameters, *, step: Coefficient, enabled: Tensor | None = None
-) -> None:
-    """One step of Algorithm 1 for a bucket of matrices, equations (1) to (7), in place.
+def momentum(
+    piece: Piece,
+    regressor: Regressor,
+    *,
+    keep: Coefficient,
+    inside: Coefficient,
+    outside: Coefficient,
+    decay: float,
+    gain: float,
+) -> Tensor:
+    """The factored momentum of any optimizer: what enters the update (n, p, q), and the factors one step on.
 
     Args:
-        bucket: parameters, gradients and factors; gradients are read only.
-        hyper: the coefficients.
-        step: number t of this step, from 1: a float, or a tensor with one entry a parameter.
-        enabled: a 0-d bool tensor on the device; where False, nothing changes (the gradients are not finite).
+        piece: matrices with the state ``m_B`` and ``m_A``, or ``momentum_buffer`` in full, which advances.
+        regressor: how the factors follow.
+        keep: weight of the momentum of step t - 1 in the update.
+        inside: weight of the gradient's part in the row space of ``m_A``.
+        outside: weight of the rest of the gradient.
+        decay: weight of the old momentum in the new one.
+        gain: weight of the gradient in it.
     """
-    for piece, piece_step in _with_steps(bucket, step):
-        _lorapre_adamw_piece(piece, hyper, piece_step, enabled)
+    G = piece.G
+    if "momentum_buffer" in piece:
+        M = piece["momentum_buffer"]
+        new = M * decay + G * gain
+        piece["momentum_buffer"] = new if piece.enabled is None else torch.where(piece.enabled, new, M)
+        return M.mul_(keep).add_(G * inside)
+    B, A = piece["m_B"], piece["m_A"]
+    left = regressor.project(A, G)
+    m = factors.read_momentum(B, A, G, left, keep=keep, inside=inside, outside=outside)
+    piece["m_B"], piece["m_A"] = regressor.advance(B, A, G, left, decay=decay, gain=gain, on=piece.enabled)
+    return m
 
 
-def _with_steps(bucket: AdamBucket, step: Coefficient) -> list[tuple[AdamBucket, Coefficient]]:
-    pieces = bucket.pieces()
-    if not isinstance(step, Tensor):
-        return [(piece, step) for piece in pieces]
-    parts = torch.split(step, [len(piece.params) for piece in pieces])
-    # One coefficient a matrix, to broadcast over its rows and columns.
-    return [
-        (piece, part.repeat_interleave(bucket.view.batch)[:, None, None])
-        for piece, part in zip(pieces, parts, strict=True)
-    ]
-
-
-def _lorapre_adamw_piece(
-    bucket: AdamBucket, hyper: AdamHyperparameters, step: Coefficient, enabled: Tensor | None
-) -> None:
-    view = bucket.view
-    n = len(bucket.params) * view.batch
-    dtype = torch.promote_types(torch.promote_types(bucket.params[0].dtype, bucket.m_As[0].dtype), torch.float32)
-    if isinstance(step, Tensor):
-        step = step.to(dtype)
-    on: Coefficient = 1.0 if enabled is None else enabled.to(dtype)
-
-    G = gather(bucket.grads, (n, view.p, view.q), dtype)
-    if enabled is not None:
-        G = torch.where(enabled, G, 0.0)
-    if hyper.maximize:
-        G.neg_()
-    m_B = gather(bucket.m_Bs, (n, view.p, view.rank), dtype)
-    m_A = gather(bucket.m_As, (n, view.rank, view.q), dtype)
-    m = factors.first_moment(m_B, m_A, G, hyper.beta1)  # (n, p, q)
-    m_B, m_A = factors.advance(
-        m_B,
-        m_A,
-        G,
-        rate=on * factors.first_moment_rate(hyper.beta1),
-        damping=hyper.damping,
-        mode=hyper.damping_mode,
+def _first_moment(piece: Piece, hyper: AdamHyperparameters) -> Tensor:
+    """mhat_t from the factors of step t - 1, which advance (equations (1), (4), (6))."""
+    beta1 = hyper.beta1
+    correction = factors.first_moment_correction(beta1, piece.step)
+    return momentum(
+        piece,
+        hyper.regressor,
+        keep=beta1 / correction,
+        inside=(1.0 - beta1) / correction,
+        outside=factors.residual_weight(hyper.residual_gain, piece.step),
+        decay=beta1,
+        gain=1.0 - beta1,
     )
-    scatter(m_B, bucket.m_Bs)
-    scatter(m_A, bucket.m_As)
 
-    if bucket.exp_avg_sqs:
-        v = gather(bucket.exp_avg_sqs, (n, view.p, view.q), dtype)
-        v.mul_(1.0 - on * (1.0 - hyper.beta2)).addcmul_(G, G, value=1.0 - hyper.beta2)
-        scatter(v, bucket.exp_avg_sqs)
-        v_correction: Coefficient = 1.0 - hyper.beta2**step
+
+def _second_moment(piece: Piece, hyper: AdamHyperparameters) -> Tensor:
+    """vhat_t (n, p, q) from the state of step t - 1, which advances. May overwrite the gradients."""
+    G, beta2 = piece.G, hyper.beta2
+    rate = piece.on * (1.0 - beta2)
+    correction: Coefficient = 1.0 - beta2**piece.step
+    if "exp_avg_sq" in piece:
+        v = piece["exp_avg_sq"]
+        v.mul_(1.0 - rate).addcmul_(G, G, value=1.0 - beta2)
+        piece["exp_avg_sq"] = v
+    elif "v_row" in piece:
+        row, col = piece["v_row"], piece["v_col"]
+        v = factors.rank1_second_moment(row, col, G, beta2)
+        piece["v_row"], piece["v_col"] = factors.advance_rank1(row, col, G, rate)
     else:
-        v_B = gather(bucket.v_Bs, (n, view.p, view.rank), dtype)
-        v_A = gather(bucket.v_As, (n, view.rank, view.q), dtype)
-        v = factors.second_moment(v_B, v_A, G, hyper.beta2)  # (n, p, q)
-        v_B, v_A = factors.advance(
-            v_B,
-            v_A,
-            G.abs_(),
-            rate=on * factors.second_moment_rate(hyper.beta2),
-            damping=hyper.damping,
-            mode=hyper.damping_mode,
+        B, A = piece["v_B"], piece["v_A"]
+        v = factors.second_moment(B, A, G, beta2)
+        magnitude = G.abs_()
+        left = hyper.regressor.project(A, magnitude)
+        decay = beta2**0.5  # of the square root of v
+        piece["v_B"], piece["v_A"] = hyper.regressor.advance(
+            B, A, magnitude, left, decay=decay, gain=1.0 - decay, on=piece.enabled
         )
-        scatter(v_B, bucket.v_Bs)
-        scatter(v_A, bucket.v_As)
-        v_correction = factors.second_moment_correction(hyper.beta2, step, hyper.bias_correction)
-    del G
-
-    denominator = v.div_(v_correction).sqrt_().add_(hyper.eps)
-    step_size = on * hyper.lr * hyper.scale / factors.first_moment_correction(hyper.beta1, step)
-    m.div_(denominator).mul_(-step_size)
-    if enabled is not None:
-        m.masked_fill_(~enabled, 0.0)  # 0 / 0 where eps is 0, which no factor of 0 repairs
-    _apply(bucket.params, m, 1.0 - on * hyper.lr * hyper.weight_decay, scratch=denominator)
-
-
-def _apply(params: list[Tensor], update: Tensor, decay: Coefficient, scratch: Tensor) -> None:
-    """params <- decay * params + update, rounded once where the weights are narrower than ``update``."""
-    parts = list(update.view(len(params), *params[0].shape).unbind(0))
-    if params[0].dtype == update.dtype:
-        if isinstance(decay, Tensor) or decay != 1.0:
-            torch._foreach_mul_(params, decay)
-        torch._foreach_add_(params, parts)
-        return
-    wide = scratch.view(len(params), *params[0].shape)
-    torch._foreach_copy_(list(wide.unbind(0)), params)
-    wide.mul_(decay).add_(update.view_as(wide))
-    scatter(wide, params)
+        correction = factors.second_moment_correction(beta2, piece.step, hyper.bias_correction)
+    return v.div_(correction)

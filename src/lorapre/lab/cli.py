@@ -14,7 +14,7 @@ import typer
 from lorapre import NonFiniteGradientError
 from lorapre.lab import cli_options as opt
 from lorapre.lab.compare.command import compare
-from lorapre.lab.config import PretrainConfig, build_config
+from lorapre.lab.config import PretrainConfig, build_config, option_name, parse_options
 from lorapre.lab.errors import TrainingDivergedError, UserError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -42,6 +42,15 @@ def pretrain(
         opt.option("Train a twin with this optimizer from the same start, into one figure. Repeatable.", opt.OPTIMIZER),
     ] = None,
     rank: opt.RankOption = None,
+    settings: Annotated[
+        list[str] | None,
+        opt.option(
+            "NAME=VALUE: an option of the --optimizer itself, such as second_moment=full; `lorapre optimizers` lists "
+            "them. Repeatable.",
+            opt.OPTIMIZER,
+            "--set",
+        ),
+    ] = None,
     lr: Annotated[
         float | None, opt.option("Peak learning rate of the matrices (default: the optimizer's).", opt.OPTIMIZER)
     ] = None,
@@ -64,6 +73,9 @@ def pretrain(
     eval_every: Annotated[int | None, opt.option("Steps between validations (default 20 %).", opt.RUN)] = None,
     save_every: Annotated[int | None, opt.option("Steps between checkpoints (default 20 %).", opt.RUN)] = None,
     keep_checkpoints: Annotated[int | None, opt.option("Checkpoints to keep, at least 2 (default 2).", opt.RUN)] = None,
+    diagnose: Annotated[
+        int | None, opt.option("Steps between measurements of the momentum (default: none are made).", opt.RUN)
+    ] = None,
     seed: opt.SeedOption = None,
     preset: opt.PresetOption = None,
     config: Annotated[
@@ -78,6 +90,8 @@ def pretrain(
     Without options: a small Llama on the source code of Python's standard library.
     """
     options = opt.training_options(locals(), rank)
+    if settings:
+        options["options"] = parse_options(settings)
     # Slow to import, and not needed for --help.
     from lorapre.lab import dry_run as dry
     from lorapre.lab import pretrain as job
@@ -85,15 +99,15 @@ def pretrain(
 
     console = opt.standard_output()
     if resume:
-        settings = _resumed(out, options, preset, config)
+        wanted = _resumed(out, options, preset, config)
     else:
-        settings = build_config(options, preset=preset, config_file=config)
+        wanted = build_config(options, preset=preset, config_file=config)
     if dry_run:
-        dry.print_dry_run(settings, console)
+        dry.print_dry_run(wanted, console)
         return
-    out = out or job.default_out(settings)
+    out = out or job.default_out(wanted)
     try:
-        summary = job.run_pretraining(settings, out, console, resume=resume)
+        summary = job.run_pretraining(wanted, out, console, resume=resume)
     except KeyboardInterrupt:
         console.print(f"Interrupted. {_way_on(out)}", soft_wrap=True, markup=False)
         raise typer.Exit(130) from None
@@ -139,6 +153,7 @@ def _disk_is_full(error: BaseException) -> bool:
 
 
 def _resumed(out: Path | None, options: dict[str, Any], preset: str | None, config: Path | None) -> PretrainConfig:
+    from lorapre.lab.optimizers import find_optimizer, read_options
     from lorapre.lab.pretrain import load_resumable
 
     if out is None:
@@ -146,12 +161,13 @@ def _resumed(out: Path | None, options: dict[str, Any], preset: str | None, conf
     if preset is not None or config is not None:
         raise UserError("--resume: takes all options from the run's config.yaml. Leave --preset and --config out.")
     settings = load_resumable(out)
-    wanted = build_config(settings.model_dump(exclude_none=True) | options)
+    given = read_options(find_optimizer(settings.optimizer), options.get("options", {}))
+    wanted = build_config(settings.model_dump(exclude_none=True) | options | {"options": {**settings.options, **given}})
     for name in options:
         before, now = getattr(settings, name), getattr(wanted, name)
         if before != now:
             raise UserError(
-                f"--{name.replace('_', '-')} {now}: the run in {out} began with {before}, and a resumed run keeps its "
+                f"{option_name(name)} {now}: the run in {out} began with {before}, and a resumed run keeps its "
                 "options. Leave it out, or start a new run with another --out."
             )
     return settings

@@ -9,8 +9,7 @@ import typer
 from rich.console import Console
 from rich.panel import Panel
 
-from lorapre.lab.config import PRESETS, PretrainConfig
-from lorapre.lab.errors import UserError
+from lorapre.lab.config import PRESETS, PretrainConfig, parse_rank
 
 MODEL, OPTIMIZER, TRAINING, RUN = "Model and data", "Optimizer", "Training", "Run"
 
@@ -67,28 +66,12 @@ SeedOption = Annotated[int | None, option("Of weights, factors and data order (d
 PresetOption = Annotated[str | None, option(f"The paper's protocol: {', '.join(PRESETS)}.", RUN)]
 
 
-def parse_rank(text: str) -> int | float:
-    """An integer, or a fraction if it is written as one; what cannot be either is refused.
-
-    Raises:
-        UserError: it is not a number.
-    """
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"--rank {text}: is neither an integer nor a fraction such as 0.25.") from None
-
-
 def training_options(given: dict[str, Any], rank: str | None) -> dict[str, Any]:
     """What was given of the options of `PretrainConfig`, from a command's ``locals()``."""
     known = {name: value for name, value in given.items() if name in PretrainConfig.model_fields}
     options = {name: value for name, value in known.items() if value is not None and value != []}
     if rank is not None:
-        options["rank"] = parse_rank(rank)
+        options["rank"] = parse_rank(rank, f"--rank {rank}")
     return options
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -37,6 +38,7 @@ class PretrainConfig(BaseModel):
 
     optimizer: str = "lorapre-adamw"
     rank: int | float = 0.25
+    options: dict[str, Any] = {}
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     dense_lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -60,9 +62,17 @@ class PretrainConfig(BaseModel):
     eval_every: Annotated[int, Field(ge=1)] | None = None
     save_every: Annotated[int, Field(ge=1)] | None = None
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    diagnose: Annotated[int, Field(ge=0)] | None = None
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     compare: list[str] = []
+
+    @field_validator("rank", mode="before")
+    @classmethod
+    def _written_rank(cls, rank: Any) -> Any:
+        if isinstance(rank, bool):  # which would count as 1
+            check_rank(rank)
+        return _rank_of(rank) if isinstance(rank, str) else rank  # 1/4 is text to YAML
 
     @field_validator("rank")
     @classmethod
@@ -93,6 +103,11 @@ class PretrainConfig(BaseModel):
             raise ValueError(
                 f"--save-every {self.save_every}: must be a multiple of --log-every {self.log_interval}, so that a "
                 "resumed run logs the same averages"
+            )
+        if self.diagnose is not None and self.diagnose > self.total_steps:
+            raise ValueError(
+                f"--diagnose {self.diagnose}: is more than the run's {self.total_steps} steps, so nothing would be "
+                "measured; give less"
             )
         if len({self.optimizer, *self.compare}) != 1 + len(self.compare):
             names = ", ".join([self.optimizer, *self.compare])
@@ -198,7 +213,8 @@ def preset_layer(preset: str | None) -> list[Layer]:
 def validated(kind: type[_Config], layers: Sequence[Layer]) -> _Config:
     """A ``kind`` from all ``layers``, the later ones winning.
 
-    ``steps`` given in one layer replaces ``tokens`` of an earlier one, and the other way round.
+    ``steps`` given in one layer replaces ``tokens`` of an earlier one, and the other way round. ``options`` of the
+    optimizer are merged name by name.
 
     Raises:
         UserError: an unknown key, or a value out of range.
@@ -208,7 +224,10 @@ def validated(kind: type[_Config], layers: Sequence[Layer]) -> _Config:
         for one, other in (("steps", "tokens"), ("tokens", "steps")):
             if layer.get(one) is not None and layer.get(other) is None:
                 merged.pop(other, None)
+        before, now = merged.get("options"), layer.get("options")
         merged.update(layer)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            merged["options"] = {**before, **now}
     try:
         return kind.model_validate(merged)
     except ValidationError as error:
@@ -238,6 +257,59 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def option_name(field: str) -> str:
+    """How the command line calls a field of `PretrainConfig`."""
+    return "--set" if field == "options" else "--" + field.replace("_", "-")
+
+
+def parse_rank(text: str, option: str) -> int | float:
+    """16, 0.25 or 1/4.
+
+    Raises:
+        UserError: it is none of them; ``option`` is the one to name in the message.
+    """
+    try:
+        return _rank_of(text)
+    except ValueError as error:
+        raise UserError(f"{option}: {error}.") from None
+
+
+def _rank_of(text: str) -> int | float:
+    try:
+        rank: int | float = int(text) if text.lstrip("+-").isdigit() else float(Fraction(text))
+        check_rank(rank)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(
+            f"{text!r} is no rank. Give an integer >= 1, or a fraction between 0 and 1 of each matrix's smaller side, "
+            "such as 0.25 or 1/32"
+        ) from None
+    return rank
+
+
+def parse_options(settings: Sequence[str], origin: str | None = None) -> dict[str, Any]:
+    """``NAME=VALUE`` of each of ``settings``, the value as YAML reads it: 1, 0.5, true, null, text, [0.9,0.95].
+
+    Raises:
+        UserError: one is not written so, or a name occurs twice; ``origin`` is where, ``--set`` if it is None.
+    """
+    found: dict[str, Any] = {}
+    for setting in settings:
+        where = f"--set {setting}" if origin is None else f"{origin}: {setting}"
+        name, equals, text = setting.partition("=")
+        if not (name.isidentifier() and equals):
+            raise UserError(f"{where}: is not written NAME=VALUE, such as eps=1e-6.")
+        if name in found:
+            raise UserError(f"{where}: {name} is set twice. Set it once.")
+        try:
+            found[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(
+                f"{where}: the value is not valid YAML. Write a number, true, false, null, a word, or a list such as "
+                "[0.9,0.95]."
+            ) from None
+    return found
+
+
 def _explain(error: ValidationError, kind: type[BaseModel], layers: Sequence[Layer]) -> str:
     """One sentence a problem: the option, where it was set, its value, what would be right."""
     sentences = []
@@ -251,7 +323,7 @@ def _explain(error: ValidationError, kind: type[BaseModel], layers: Sequence[Lay
         elif not name:
             sentences.append(f"{message}.")
         else:
-            option = "--" + name.replace("_", "-")
+            option = option_name(name)
             message = message.removeprefix("Input should be ")
             verb = "must be " if message != problem["msg"].rstrip(".") and "Value error" not in problem["msg"] else ""
             sentences.append(f"{option} {problem['input']}: {verb}{message}.")

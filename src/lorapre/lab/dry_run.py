@@ -11,13 +11,15 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lorapre import estimate_memory, param_groups
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.data.tokenizer import bpe_vocabulary
 from lorapre.lab.models import PUBLISHED_VOCABULARY
 from lorapre.lab.optimizers import OPTIMIZERS, OptimizerEntry, matrix_parameters, matrix_state_bytes
-from lorapre.lab.optimizers.measure import adamw_state_bytes
+from lorapre.lab.optimizers.hybrid import parts_of
+from lorapre.lab.optimizers.measure import adamw_state_bytes, state_bytes
+from lorapre.lab.optimizers.options import written
 from lorapre.lab.preparation import Plan, plan_run
+from lorapre.memory import scratch_bytes
 from lorapre.optim.summary import format_bytes
 
 
@@ -28,6 +30,7 @@ def print_dry_run(config: PretrainConfig, console: Console) -> None:
         UserError: the options do not fit together.
     """
     plan = plan_run(config)
+    config = plan.config
     vocabulary = _vocabulary(plan)
     if plan.model.resizable:
         plan.model.with_vocabulary(vocabulary, vocabulary - 1)
@@ -37,11 +40,12 @@ def print_dry_run(config: PretrainConfig, console: Console) -> None:
     parameters = sum(param.numel() for param in model.parameters())
     memory = _memory(config, entry, model)
 
+    rank = [f"rank {config.rank}"] if entry.ranked else []
     table = Table.grid(padding=(0, 2))
     rows = [
         ("model", f"{config.model}, {parameters:,} parameters, vocabulary of {model.config.vocab_size:,}"),
         ("data", ", ".join(config.data)),
-        ("optimizer", config.optimizer + (f", rank {config.rank}" if entry.ranked else "")),
+        ("optimizer", ", ".join([config.optimizer, *rank, *written(config.options)])),
         ("steps", f"{config.total_steps:,}"),
         (
             "tokens",
@@ -61,7 +65,7 @@ def print_dry_run(config: PretrainConfig, console: Console) -> None:
 
 @dataclass(frozen=True)
 class _Memory:
-    """Bytes; ``scratch`` is None for other people's optimizers, whose temporaries nobody has counted."""
+    """Bytes; ``scratch`` is None where `lorapre.memory.scratch_bytes` does not know it."""
 
     weights: int
     gradients: int
@@ -75,16 +79,23 @@ class _Memory:
 
 def _memory(config: PretrainConfig, entry: OptimizerEntry, model: nn.Module) -> _Memory:
     """``model`` is on the meta device, and is factorised here if the method does so."""
-    matrices = matrix_state_bytes(entry, model, config.rank)
-    if entry.compresses_stacks or matrices is None:
-        estimate = estimate_memory(param_groups(model, rank=config.rank))
-        return _Memory(estimate.weights, estimate.gradients, estimate.state, estimate.scratch)
-    others = adamw_state_bytes(model.parameters()) - adamw_state_bytes(matrix_parameters(model))
+    scratch = None
+    if entry.compresses_stacks:  # no formula knows every shape; on the meta device the state itself can be counted
+        kind, kwargs = entry.build(model, config, entry.default_lr, entry.default_dense_lr)
+        optimizer = kind(**kwargs)
+        parts = parts_of(optimizer)
+        known = [found for part in parts if (found := scratch_bytes(part)) is not None]
+        scratch = max(known) if len(known) == len(parts) else None
+        created = {param for part in parts for param in part.state}  # torch's AdamW creates its own at the first step
+        state = state_bytes(optimizer) + adamw_state_bytes(set(model.parameters()) - created)
+    else:
+        matrices = matrix_state_bytes(entry, model, config.rank, config.options) or 0
+        state = matrices + adamw_state_bytes(model.parameters()) - adamw_state_bytes(matrix_parameters(model))
     if entry.prepare is not None:
         entry.prepare(model, config)
     params = list(model.parameters())
     gradients = sum(param.numel() * param.element_size() for param in params if param.requires_grad)
-    return _Memory(sum(p.numel() * p.element_size() for p in params), gradients, matrices + others, None)
+    return _Memory(sum(p.numel() * p.element_size() for p in params), gradients, state, scratch)
 
 
 def _vocabulary(plan: Plan) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,34 +15,46 @@ from rich.markup import escape
 
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.data import BlockDataset, TextCorpus, check_data_spec, load_corpus
+from lorapre.lab.diagnose import diagnosed_every
 from lorapre.lab.errors import UserError
 from lorapre.lab.models import ModelSpec, resolve_model
-from lorapre.lab.optimizers import check_rank_compresses, find_optimizer
+from lorapre.lab.optimizers import check_options, check_rank_compresses, find_optimizer
 from lorapre.lab.provenance import provenance
 from lorapre.lab.run_folder import write_json
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A configuration that has been checked as far as possible without reading the data."""
+    """A configuration that has been checked as far as possible without reading the data.
+
+    ``diagnose`` is that of each optimizer's run, None for a twin that has no factors.
+    """
 
     config: PretrainConfig
     model: ModelSpec
     tokenizer: str | None
     micro_batch: int
+    diagnose: Mapping[str, int | None]
 
 
 def plan_run(config: PretrainConfig, processes: int = 1) -> Plan:
-    """Check model, optimizers, rank, data and batch against each other.
+    """Check model, optimizers, rank, options, diagnostics, data and batch against each other.
+
+    The plan's ``config.options`` are as they are recorded: numbers as numbers, however they were written.
 
     Raises:
         UserError: they do not fit.
     """
-    for name in (config.optimizer, *config.compare):
+    names = (config.optimizer, *config.compare)
+    for name in names:
         find_optimizer(name, "--optimizer" if name == config.optimizer else "--compare")
+    diagnose = {name: diagnosed_every(name, config) for name in names}
     kind = check_data_spec(config.data)
     model = resolve_model(config.model).with_sequence(config.sequence_length)
-    check_rank_compresses(model.build(config.seed, device="meta"), config)
+    meta = model.build(config.seed, device="meta")
+    check_rank_compresses(meta, config)
+    options = check_options(find_optimizer(config.optimizer), meta, config)
+    config = config.model_copy(update={"options": options})
     pieces = config.accumulation * processes
     if config.batch_size % pieces:
         raise UserError(
@@ -50,7 +62,7 @@ def plan_run(config: PretrainConfig, processes: int = 1) -> Plan:
             f"{processes} process(es) equal parts. Give a multiple of {pieces}."
         )
     tokenizer = config.tokenizer or model.checkpoint or (model.default_tokenizer if kind != "hub" else None)
-    return Plan(config, model, tokenizer, config.batch_size // pieces)
+    return Plan(config, model, tokenizer, config.batch_size // pieces, diagnose)
 
 
 def load_planned_corpus(plan: Plan, console: Console) -> TextCorpus:

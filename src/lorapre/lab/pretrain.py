@@ -14,6 +14,7 @@ from rich.console import Console
 
 from lorapre.lab.config import PretrainConfig, build_config
 from lorapre.lab.data import TextCorpus
+from lorapre.lab.diagnose import momenta_bytes
 from lorapre.lab.errors import UserError
 from lorapre.lab.plots import plot_loss
 from lorapre.lab.preparation import Plan, load_planned_corpus, plan_run, record_provenance
@@ -63,6 +64,7 @@ def run_pretraining(config: PretrainConfig, out: Path, console: Console, *, resu
     """
     state = process_state()
     plan = plan_run(config, state.num_processes)
+    config = plan.config
     folder = RunFolder(out)
     created = False
 
@@ -87,7 +89,10 @@ def run_pretraining(config: PretrainConfig, out: Path, console: Console, *, resu
         if run.summary.exists():
             summaries[name] = json.loads(run.summary.read_text(encoding="utf-8"))
             continue
-        single = config.model_copy(update={"optimizer": name, "compare": []})
+        options = config.options if name == config.optimizer else {}  # a twin's are its own defaults
+        single = config.model_copy(
+            update={"optimizer": name, "options": options, "compare": [], "diagnose": plan.diagnose[name]}
+        )
         if state.is_main_process and run is not folder:
             run.path.mkdir(exist_ok=True)
             write_text(run.config, single.to_yaml())
@@ -153,7 +158,12 @@ def _prepare(plan: Plan, folder: RunFolder, console: Console, *, resume: bool) -
 
 def _disk_bytes(plan: Plan) -> int:
     """Room for the checkpoints that are kept, one that is being written, and the final model, in float32."""
-    parameters = sum(param.numel() for param in plan.model.build(0, device="meta").parameters())
-    checkpoint = 3 * 4 * parameters  # weights, and at most two numbers of state a weight
-    runs = 1 + len(plan.config.compare)
-    return runs * ((plan.config.keep_checkpoints + 1) * checkpoint + 4 * parameters)
+    model = plan.model.build(0, device="meta")
+    parameters = sum(param.numel() for param in model.parameters())
+    momenta = momenta_bytes(model, plan.config.rank)
+    needed = 0
+    for diagnose in plan.diagnose.values():
+        # Weights, and at most two numbers of state a weight.
+        checkpoint = 3 * 4 * parameters + (momenta if diagnose else 0)
+        needed += (plan.config.keep_checkpoints + 1) * checkpoint + 4 * parameters
+    return needed

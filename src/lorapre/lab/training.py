@@ -25,6 +25,7 @@ from lorapre.lab.callbacks import (
 )
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.data import BlockDataset, TextCorpus
+from lorapre.lab.diagnose import diagnostics_writer, plot_diagnostics
 from lorapre.lab.optimizers import find_optimizer, matrix_parameters, matrix_state_bytes
 from lorapre.lab.optimizers.measure import adamw_state_bytes, state_bytes
 from lorapre.lab.plots import plot_loss
@@ -158,7 +159,8 @@ def train(
     entry = find_optimizer(config.optimizer)
     torch.serialization.add_safe_globals(list(entry.checkpoint_types()))
     others = {id(param) for param in model.parameters()} - {id(param) for param in matrix_parameters(model)}
-    formula_bytes, adamw_bytes = matrix_state_bytes(entry, model, config.rank), adamw_state_bytes(model.parameters())
+    formula_bytes = matrix_state_bytes(entry, model, config.rank, config.options)
+    adamw_bytes = adamw_state_bytes(model.parameters())
     if entry.prepare is not None:
         entry.prepare(model, config)
     matrices = [param for param in model.parameters() if param.requires_grad and id(param) not in others]
@@ -180,6 +182,7 @@ def train(
         previous = folder.rewind_metrics(done)
     metrics = MetricsWriter(folder, config.tokens_per_step, previous)
     timer = StepTimer()
+    diagnostics = diagnostics_writer(config, folder, checkpoint) if main else []
     bar = ProgressBar(console, config.optimizer, config.tokens_per_step)
     trainer = _LabTrainer(
         config.batch_size,
@@ -188,7 +191,15 @@ def train(
         args=arguments,
         train_dataset=corpus.train,
         optimizer_cls_and_kwargs=entry.build(model, config, lr, dense_lr),
-        callbacks=[metrics, timer, DivergenceGuard(), LastStep(), CheckpointMarker(), *([bar] if main else [])],
+        callbacks=[
+            metrics,
+            timer,
+            DivergenceGuard(),
+            LastStep(),
+            *diagnostics,
+            CheckpointMarker(),
+            *([bar] if main else []),
+        ],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -207,6 +218,7 @@ def train(
         "parameters": sum(param.numel() for param in model.parameters()),
         "data": corpus.description,
         "rank": config.rank if entry.ranked else None,
+        "options": config.options,
         "lr": lr,
         "dense_lr": dense_lr,
         "steps": config.total_steps,
@@ -234,6 +246,8 @@ def train(
                 bigram=bigram,
                 title=f"{config.model} on {corpus.description}",
             )
+        if diagnostics:
+            plot_diagnostics(folder, f"{config.model}, {entry.title}")
         write_json(folder.summary, summary)
     return summary
 

@@ -7,26 +7,25 @@ with ``torch.load(weights_only=True)``, and no fake first step for distributed c
 from __future__ import annotations
 
 import inspect
-import logging
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from lorapre import factors
+from lorapre.backends.batches import Bucket
+from lorapre.factors import Coefficient, Regressor
+from lorapre.optim.checks import check_options
+from lorapre.optim.gradients import check_gradients
 from lorapre.optim.summary import OptimizerSummary, summarize
-from lorapre.routing import MatrixView, check_rank, matrix_view, refuse_unsupported, state_dtype_of
-
-logger = logging.getLogger("lorapre")
+from lorapre.routing import MatrixView, matrix_view, refuse_unsupported, state_dtype_of
 
 Group: TypeAlias = dict[str, Any]
-
-
-class NonFiniteGradientError(RuntimeError):
-    """A gradient holds inf or nan and ``nonfinite`` is "raise". The step has changed nothing."""
 
 
 @dataclass(frozen=True)
@@ -60,34 +59,17 @@ class FactoredOptimizer(Optimizer):
         """The fresh state of one parameter; ``view`` is None for a dense one, ``key`` seeds random factors."""
         raise NotImplementedError
 
+    def _step_bucket(self, bucket: Bucket, group: Group) -> None:
+        """Update the matrices of one bucket and their factors."""
+        raise NotImplementedError
+
+    def _step_dense(self, params: list[Tensor], group: Group, mask: Tensor | None) -> None:
+        """Update the dense parameters of a group; nothing changes where ``mask`` (0-d bool) is False."""
+        raise NotImplementedError
+
     def _check_group(self, group: Group) -> None:
         """Raise ``ValueError`` for an option that is out of range."""
-        _check_lr(group["lr"], group["capturable"])
-        for name in ("eps", "weight_decay", "scale"):
-            if not group[name] >= 0:
-                raise ValueError(f"Invalid {name} value: {group[name]}. It must be at least 0.")
-        check_rank(group["rank"])
-        if not group["damping"] > 0:
-            raise ValueError(
-                f"Invalid damping value: {group['damping']}. It must be above 0, or the first step, whose left "
-                "factor is zero, has no solution."
-            )
-        check_choice("damping_mode", group["damping_mode"], ("absolute", "relative"))
-        check_choice("view_3d", group["view_3d"], ("stack", "flatten"))
-        check_choice("nonfinite", group["nonfinite"], ("raise", "skip", None))
-        if group["capturable"] and group["nonfinite"] == "raise":
-            raise ValueError(
-                "nonfinite='raise' cannot work with capturable=True: a CUDA graph does not wait for the host. Use "
-                "nonfinite='skip', or leave it out."
-            )
-        if not isinstance(group["seed"], int) or isinstance(group["seed"], bool):
-            raise ValueError(f"Invalid seed value: {group['seed']!r}. It must be an integer.")
-        dtype = group["state_dtype"]
-        if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise ValueError(
-                f"Invalid state_dtype: {dtype!r}. Give a floating torch.dtype of 16 to 64 bits, or None for at "
-                "least float32."
-            )
+        check_options(group)
 
     # Routing.
 
@@ -123,7 +105,7 @@ class FactoredOptimizer(Optimizer):
         warnings.warn(
             f"{type(self).__name__} compresses nothing: none of its {count} parameters is a matrix whose smaller "
             f"side exceeds the rank ({', '.join(map(str, ranks)) or 'no group is to be compressed'}). All of "
-            "them are updated by plain AdamW. Give a smaller rank, or pass the model's matrices.",
+            "them keep a dense state. Give a smaller rank, or pass the model's matrices.",
             UserWarning,
             stacklevel=level,
         )
@@ -151,6 +133,31 @@ class FactoredOptimizer(Optimizer):
                 self.state.pop(param, None)
             raise
 
+    def _init_momentum(self, param: Tensor, view: MatrixView, group: Group, key: str, name: str) -> dict[str, Tensor]:
+        """The factors ``{name}_B`` (zeros) and ``{name}_A`` (random; orthonormal rows unless newton inverts them)."""
+        dtype, device = self._state_dtype(param, group), param.device
+        right = factors.initial_right_factor(
+            view.right_shape,
+            seed=group["seed"],
+            key=f"{key}.{name}_A",
+            dtype=dtype,
+            device=device,
+            orthonormal=group["regression"] != "newton",
+        )
+        return {f"{name}_B": torch.zeros(view.left_shape, dtype=dtype, device=device), f"{name}_A": right}
+
+    def _init_means(self, param: Tensor, view: MatrixView, group: Group) -> dict[str, Tensor]:
+        """``v_row`` (p) and ``v_col`` (q), a rank-1 second moment; with a dimension more for stacks."""
+        dtype, batch = self._state_dtype(param, group), view.left_shape[:-2]
+        return {
+            "v_row": torch.zeros((*batch, view.p), dtype=dtype, device=param.device),
+            "v_col": torch.zeros((*batch, view.q), dtype=dtype, device=param.device),
+        }
+
+    @staticmethod
+    def _regressor(group: Group) -> Regressor:
+        return Regressor(group["regression"], group["damping"], group["damping_mode"])
+
     @staticmethod
     def _new_step(param: Tensor, group: Group) -> Tensor:
         """A float32 counter, on the CPU unless a CUDA graph is to advance it: reading it must not wait."""
@@ -159,14 +166,6 @@ class FactoredOptimizer(Optimizer):
     @staticmethod
     def _state_dtype(param: Tensor, group: Group) -> torch.dtype:
         return state_dtype_of(param.dtype, group["state_dtype"])
-
-    def _init_dense_state(self, param: Tensor, group: Group) -> dict[str, Tensor]:
-        dtype = self._state_dtype(param, group)
-        return {
-            "step": self._new_step(param, group),
-            "exp_avg": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format),
-        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as it was saved: factors keep their dtype whatever the weights' is.
@@ -220,6 +219,87 @@ class FactoredOptimizer(Optimizer):
             restored[key] = value
         return restored
 
+    # The step.
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; those without keep their state and step count.
+
+        Args:
+            closure: reevaluates the model with gradients and returns the loss.
+
+        Raises:
+            RuntimeError: a gradient is sparse; nothing has changed then.
+            NonFiniteGradientError: a gradient is not finite (see ``nonfinite``); nothing has changed then.
+        """
+        self._check_graph_capture()
+        loss = cast("float | None", run_closure(closure))
+        enabled = check_gradients(
+            type(self).__name__,
+            list(self._labels_with_grad()),
+            unread=all(group["capturable"] for group in self.param_groups),
+        )
+        if enabled is False:
+            return loss
+        mask = enabled if isinstance(enabled, Tensor) else None
+        for group in self.param_groups:
+            dense: list[Tensor] = []
+            matrices: list[tuple[Tensor, MatrixView]] = []
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                view = self._view(param, group)
+                if view is None:
+                    dense.append(param)
+                else:
+                    matrices.append((param, view))
+            self._step_matrices(matrices, group, mask)
+            if dense:
+                self._step_dense(dense, group, mask)
+        return loss
+
+    def _step_matrices(self, matrices: list[tuple[Tensor, MatrixView]], group: Group, mask: Tensor | None) -> None:
+        """Bucket by everything that must be equal within a batch, then one call of the backend a bucket."""
+        buckets: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        for param, view in matrices:
+            state = self.state[param]
+            # Counters on the device stay unread; a batch then carries one coefficient a matrix.
+            count = None if group["capturable"] else state["step"].item()
+            dtype = next(value.dtype for name, value in state.items() if name != "step")
+            key = (view, param.shape, param.device, param.dtype, dtype, count)
+            buckets[key].append(param)
+        for (view, *_, count), params in buckets.items():
+            states = [self.state[param] for param in params]
+            steps = [state["step"] for state in states]
+            bucket = Bucket(
+                view=view,
+                params=params,
+                grads=[cast(Tensor, param.grad) for param in params],
+                state={key: [state[key] for state in states] for key in states[0] if key != "step"},
+                step=torch.stack(steps) + 1 if count is None else count + 1.0,
+                enabled=None if mask is None else mask.to(params[0].device),
+            )
+            self._step_bucket(bucket, group)
+            if mask is None:
+                torch._foreach_add_(steps, 1.0)
+            else:  # as a list: given one tensor, the CUDA kernel asks the host for its value
+                torch._foreach_add_(steps, [mask.to(steps[0].device, steps[0].dtype)] * len(steps))
+
+    @staticmethod
+    def _lr(group: Group, device: torch.device) -> Coefficient:
+        """The learning rate as a float, or as a 0-d tensor on ``device`` where the step may not read its value."""
+        lr: Coefficient = group["lr"]
+        if isinstance(lr, Tensor):
+            # Only a captured step may not read the value: it must follow the tensor when the graph is replayed.
+            lr = lr.to(device).reshape(()) if group["capturable"] else lr.item()
+        return lr
+
     # Gradients.
 
     def _check_graph_capture(self) -> None:
@@ -239,44 +319,6 @@ class FactoredOptimizer(Optimizer):
                 if param.grad is not None:
                     yield label, param, group
 
-    def _check_gradients(self) -> Tensor | bool:
-        """Whether this step may be taken: every gradient is dense and finite.
-
-        Returns a 0-d bool tensor on the device, unread, where every group is ``capturable`` (a graph cannot
-        wait for the host); else True, or False for a step to be skipped.
-
-        Raises:
-            RuntimeError: a gradient is sparse.
-            NonFiniteGradientError: one is not finite in a group whose ``nonfinite`` is "raise".
-        """
-        items = list(self._labels_with_grad())
-        for label, param, _ in items:
-            if param.grad is not None and param.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"{type(self).__name__} does not support sparse gradients (parameter {label!r}). Build its "
-                    "nn.Embedding with sparse=False, or give the parameter to torch.optim.SparseAdam."
-                )
-        grads = [param.grad for _, param, _ in items if param.grad is not None and param.grad.numel() > 0]
-        if not grads:
-            return True
-        finite = all_finite(grads)
-        if all(group["capturable"] for group in self.param_groups):
-            return finite
-        if finite:
-            return True
-        for label, param, group in items:
-            if param.grad is None or bool(param.grad.isfinite().all()):
-                continue
-            message = f"the gradient of parameter {label!r} holds inf or nan"
-            if (group["nonfinite"] or ("skip" if group["capturable"] else "raise")) == "raise":
-                raise NonFiniteGradientError(
-                    f"{type(self).__name__}: {message}. Nothing was changed. Look for the overflow, clip, or use "
-                    "nonfinite='skip' to leave such steps out."
-                )
-            logger.warning("%s skips a step: %s", type(self).__name__, message)
-            break
-        return False
-
 
 def run_closure(closure: Callable[[], Any] | None) -> Any:
     """Evaluate a closure with gradients on, as every torch optimizer does inside its own no_grad."""
@@ -284,34 +326,3 @@ def run_closure(closure: Callable[[], Any] | None) -> Any:
         return None
     with torch.enable_grad():
         return closure()
-
-
-def all_finite(tensors: list[Tensor]) -> Tensor:
-    """A 0-d bool tensor on the first tensor's device: one reduction over all, no host synchronisation."""
-    device = tensors[0].device
-    norms = torch._foreach_norm(tensors, float("inf"))
-    # float16 and bfloat16 widen without loss; a large float64 must not become inf by narrowing.
-    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
-    return torch.stack([norm.to(device, widest) for norm in norms]).isfinite().all()
-
-
-def check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"Invalid {name}: {value!r}. Choose one of {', '.join(map(repr, allowed))}.")
-
-
-def check_betas(betas: tuple[float, float]) -> None:
-    """Raise ``ValueError`` unless both decay rates lie in [0, 1), worded as torch.optim words it."""
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ValueError(f"Invalid betas: {betas!r}. Give a pair, such as (0.9, 0.95).")
-    for index, beta in enumerate(betas):
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"Invalid beta parameter at index {index}: {beta}. It must be in [0, 1).")
-
-
-def _check_lr(lr: float | Tensor, capturable: bool) -> None:
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"Tensor lr must be 1-element, but it has shape {tuple(lr.shape)}.")
-    if not (isinstance(lr, Tensor) and capturable) and not lr >= 0:
-        raise ValueError(f"Invalid learning rate: {lr}. It must be at least 0.")

@@ -121,7 +121,7 @@ class Arena:
             "complete": complete,
             "search": search,
             "search_description": SEARCHES[search].description,
-            "contestants": [{"optimizer": c.optimizer, "rank": c.rank} for c in self.contestants],
+            "contestants": [{"optimizer": c.optimizer, "rank": c.rank, "options": c.options} for c in self.contestants],
             "notes": notes,
             "bigram_loss": self._bigram,
             "parameters": self._parameters,
@@ -244,6 +244,7 @@ class Arena:
             update={
                 "optimizer": contestant.optimizer,
                 "rank": training.rank if contestant.rank is None else contestant.rank,
+                "options": dict(contestant.options),
                 "lr": job.lr,
                 "seed": job.seed,
                 "steps": job.steps,

@@ -30,7 +30,8 @@ def collect(folder: ArenaFolder) -> Comparison:
         raise UserError(f"--out {folder.path}: none of its runs has begun. Run the same command without --render.")
     config = validated(CompareConfig, [(str(folder.config), read_yaml(folder.config))])
     plan: dict[str, Any] = json.loads(folder.plan.read_text(encoding="utf-8"))
-    contestants = tuple(Contestant(entry["optimizer"], entry["rank"]) for entry in plan["contestants"])
+    # Plans from before there were options have none.
+    contestants = tuple(Contestant(c["optimizer"], c["rank"], c.get("options", {})) for c in plan["contestants"])
     outcomes = folder.runs.outcomes()
     planners = make_planners(config, contestants, plan["search"])
     keys = {contestant.key for contestant in contestants}

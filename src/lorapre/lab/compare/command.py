@@ -24,7 +24,8 @@ def compare(
         str | None,
         opt.option(
             "Comma-separated names of `lorapre optimizers`; NAME@RANK sets a rank, NAME@=OTHER the rank whose state is "
-            "as large as OTHER's (default lorapre-adamw,adamw,galore-ours,fira-ours).",
+            "as large as OTHER's, NAME+OPTION=VALUE@RANK also an option (default "
+            "lorapre-adamw,adamw,galore-ours,fira-ours).",
             _COMPARISON,
         ),
     ] = None,
@@ -104,8 +105,14 @@ def compare(
     The same command goes on where an interrupted one ended. Without options: four optimizers on the source code of
     Python's standard library, a few minutes on two cores.
     """
+    training = opt.training_options(locals(), rank)
+    # Slow to import, and not needed for --help.
+    from lorapre.lab.compare.arena import run_comparison
+    from lorapre.lab.compare.config import build_compare_config
+    from lorapre.lab.compare.contestants import split_names
+
     comparison = {
-        "optimizers": None if optimizers is None else [name.strip() for name in optimizers.split(",") if name.strip()],
+        "optimizers": None if optimizers is None else split_names(optimizers),
         "lr_grid": lr_grid,
         "search": search,
         "seeds": seeds,
@@ -113,11 +120,6 @@ def compare(
         "validations": validations,
         "jobs_per_device": jobs_per_device,
     }
-    training = opt.training_options(locals(), rank)
-    # Slow to import, and not needed for --help.
-    from lorapre.lab.compare.arena import run_comparison
-    from lorapre.lab.compare.config import build_compare_config
-
     _check_plotly()
     console = opt.standard_output()
     if render:

@@ -68,7 +68,7 @@ def _row(
     return Row(
         contestant=contestant.key,
         optimizer=contestant.optimizer,
-        title=entry.title,
+        title=contestant.title(entry),
         rank=contestant.rank,
         status=status,
         lr=choice.lr,

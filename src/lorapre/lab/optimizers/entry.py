@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 from lorapre import param_groups
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.errors import UserError
+from lorapre.lab.optimizers.options import Option, defaults
 from lorapre.routing import matrix_view
 
 Group = dict[str, Any]
@@ -58,6 +59,11 @@ class OptimizerEntry:
         compresses_stacks: weights of more than two dimensions (expert stacks, convolutions) are compressed too; else
             they are left to AdamW.
         checkpoint_types: classes of Python objects in the optimizer's state, which ``torch.load`` must be told of.
+        options: what ``--set`` may set, by name; empty where it may set nothing.
+        state_bytes_with: ``state_bytes`` for all ``options``, where these change it; None where they do not.
+        dense_bytes: ``dense_bytes(numbers, width)``, bytes of state of a matrix whose smaller side is not above the
+            rank; AdamW's where such matrices are left to it.
+        factored: the momentum is kept as factors that `lorapre.diagnostics` can measure.
     """
 
     name: str
@@ -73,6 +79,16 @@ class OptimizerEntry:
     limitations: str = ""
     compresses_stacks: bool = False
     checkpoint_types: Callable[[], list[type]] = _no_types
+    options: Mapping[str, Option] = field(default_factory=dict)
+    state_bytes_with: Callable[[Mapping[str, Any]], MatrixBytes] | None = None
+    dense_bytes: Callable[[int, int], int] = adamw_bytes
+    factored: bool = False
+
+    def formula(self, options: Mapping[str, Any]) -> MatrixBytes:
+        """``state_bytes`` with ``options`` set, the others being as they are by default."""
+        if self.state_bytes_with is None:
+            return self.state_bytes
+        return self.state_bytes_with({**defaults(self.options), **options})
 
     @property
     def lr_grid(self) -> tuple[float, ...]:

@@ -33,12 +33,28 @@ class HybridOptimizer(Optimizer):
 
     def __init__(self, params: Sequence[Part]) -> None:
         self.parts = [make(groups) for make, groups in params if groups]
+        self._complete = False
         super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._complete = True
         self._show_parts()
 
     def _show_parts(self) -> None:
         self.param_groups = [group for part in self.parts for group in part.param_groups]
         self.state = _JointState(*(part.state for part in self.parts))  # type: ignore[assignment]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: no part would step the group, and which one should cannot be told.
+
+        Raises:
+            RuntimeError: always, once all parts are there.
+        """
+        if self._complete:
+            kinds = ", ".join(type(part).__name__ for part in self.parts)
+            raise RuntimeError(
+                f"{type(self).__name__} cannot tell which of its parts ({kinds}) should step a new group. Give the "
+                "group to that part when the optimizer is built."
+            )
+        super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step every part; ``closure`` is evaluated once, with gradients, before them."""
@@ -66,3 +82,8 @@ class HybridOptimizer(Optimizer):
         for part, state in zip(self.parts, states, strict=True):
             part.load_state_dict(state)
         self._show_parts()
+
+
+def parts_of(optimizer: Optimizer) -> list[Optimizer]:
+    """The optimizers that take the steps of ``optimizer``: its parts, or itself."""
+    return optimizer.parts if isinstance(optimizer, HybridOptimizer) else [optimizer]

@@ -20,9 +20,16 @@ def optimizer_table() -> Table:
         share = entry.state_bytes(side, side, side // 4) / (8 * side**2)
         missing = "" if entry.installed_version() is not None else f" [red](needs {entry.package})[/]"
         table.add_row(entry.name, f"{share:.2f}", f"{entry.default_lr:g}", escape(entry.source) + missing)
-    table.caption = (
-        f"state: of a {side} x {side} matrix, AdamW = 1, at rank {side // 4} where there is one; lr: default peak "
-        "learning rate of the matrices"
+    sets: dict[str, list[str]] = {}
+    for entry in OPTIMIZERS.values():
+        if entry.options:
+            sets.setdefault(", ".join(entry.options), []).append(entry.name)
+    table.caption = "\n".join(
+        [
+            f"state: of a {side} x {side} matrix, AdamW = 1, at rank {side // 4} where there is one; lr: default peak "
+            "learning rate of the matrices",
+            *(escape(f"--set of {', '.join(names)}: {options}") for options, names in sets.items()),
+        ]
     )
     table.caption_justify = "left"
     return table

@@ -1,0 +1,122 @@
+"""Parameters of one shape as one batch of matrices, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorapre.factors import Coefficient
+from lorapre.routing import MatrixView
+
+#: Largest batch of p x q scratch, in numbers (256 MiB in float32); larger buckets are updated in pieces. Three
+#: such buffers live at once: the gradients, m and v.
+MAX_SCRATCH_NUMEL = 2**26
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Matrices of one shape, dtype and device, as lists with one entry a parameter; updated in place.
+
+    Attributes:
+        view: how each parameter is a batch of matrices.
+        params: the weights.
+        grads: their gradients, read only.
+        state: lists of state tensors by their key.
+        step: number t of this step, from 1: a float, or a tensor with one entry a parameter.
+        enabled: a 0-d bool tensor on the device; where False, nothing changes (the gradients are not finite).
+    """
+
+    view: MatrixView
+    params: list[Tensor]
+    grads: list[Tensor]
+    state: dict[str, list[Tensor]]
+    step: Coefficient
+    enabled: Tensor | None = None
+
+    def pieces(self) -> Iterator[Piece]:
+        """The bucket in parts whose p x q scratch stays below ``MAX_SCRATCH_NUMEL`` (or is one parameter)."""
+        size = max(1, MAX_SCRATCH_NUMEL // max(1, self.params[0].numel()))
+        for start in range(0, len(self.params), size):
+            part = slice(start, start + size)
+            step = self.step
+            if isinstance(step, Tensor):  # one coefficient a matrix, to broadcast over its rows and columns
+                step = step[part].repeat_interleave(self.view.batch)[:, None, None]
+            state = {key: tensors[part] for key, tensors in self.state.items()}
+            yield Piece(self.view, self.params[part], self.grads[part], state, step, self.enabled)
+
+
+class Piece:
+    """Part of a bucket that is updated at once, in a dtype wide enough for weights and state.
+
+    Attributes:
+        G: gradients (n, p, q), a copy; zeros where the step is not enabled.
+        step: number of this step, a float or a tensor (n, 1, 1).
+        on: 1.0, or ``enabled`` as a number.
+        enabled: as in `Bucket`.
+    """
+
+    def __init__(
+        self,
+        view: MatrixView,
+        params: list[Tensor],
+        grads: list[Tensor],
+        state: dict[str, list[Tensor]],
+        step: Coefficient,
+        enabled: Tensor | None,
+    ) -> None:
+        self._view, self._params, self._state = view, params, state
+        self.enabled = enabled
+        n = len(params) * view.batch
+        widest = torch.promote_types(params[0].dtype, next(iter(state.values()))[0].dtype)
+        self._dtype = torch.promote_types(widest, torch.float32)
+        self.step: Coefficient = step.to(self._dtype) if isinstance(step, Tensor) else step
+        self.on: Coefficient = 1.0 if enabled is None else enabled.to(self._dtype)
+        self._shapes = {"B": (n, view.p, -1), "A": (n, -1, view.q), "row": (n, view.p, 1), "col": (n, 1, view.q)}
+        self._full = (n, view.p, view.q)
+        self.G = gather(grads, self._full, self._dtype)
+        if enabled is not None:
+            self.G = torch.where(enabled, self.G, 0.0)
+
+    def __getitem__(self, key: str) -> Tensor:
+        """A copy of the state ``key`` as a batch of matrices."""
+        return gather(self._state[key], self._shapes.get(key.rpartition("_")[2], self._full), self._dtype)
+
+    def __setitem__(self, key: str, batch: Tensor) -> None:
+        scatter(batch, self._state[key])
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._state
+
+    def apply(self, update: Tensor, decay: Coefficient, scratch: Tensor | None = None) -> None:
+        """weights <- decay * weights + update (n, p, q), rounded once where the weights are narrower than it.
+
+        ``scratch`` is a buffer of ``update``'s size that may be overwritten.
+        """
+        params = self._params
+        if self.enabled is not None:
+            update.masked_fill_(~self.enabled, 0.0)  # 0 / 0, which no factor of 0 repairs
+        parts = list(update.view(len(params), *params[0].shape).unbind(0))
+        if params[0].dtype == update.dtype:
+            if isinstance(decay, Tensor) or decay != 1.0:
+                torch._foreach_mul_(params, decay)
+            torch._foreach_add_(params, parts)
+            return
+        wide = (torch.empty_like(update) if scratch is None else scratch).view(len(params), *params[0].shape)
+        torch._foreach_copy_(list(wide.unbind(0)), params)
+        wide.mul_(decay).add_(update.view_as(wide))
+        scatter(wide, params)
+
+
+def gather(tensors: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A contiguous batch of ``shape`` (n, ...) in ``dtype``, copied from ``n`` or fewer equal parts of it."""
+    batch = torch.empty((len(tensors), *tensors[0].shape), dtype=dtype, device=tensors[0].device)
+    torch._foreach_copy_(list(batch.unbind(0)), tensors)
+    return batch.view(shape)
+
+
+def scatter(batch: Tensor, tensors: list[Tensor]) -> None:
+    """The inverse of `gather`, into existing tensors, in their dtype."""
+    torch._foreach_copy_(tensors, list(batch.reshape(len(tensors), *tensors[0].shape).unbind(0)))

@@ -1,0 +1,94 @@
+"""LoRA-Pre Muon in plain batched torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lorapre import factors
+from lorapre.backends.batches import Bucket, Piece
+from lorapre.backends.eager import momentum
+from lorapre.factors import Coefficient, Regressor
+from lorapre.orthogonal import newton_schulz
+
+ShapeScale: TypeAlias = Literal["original", "match_rms_adamw"]
+Orthogonalization: TypeAlias = Literal["newton_schulz", "factors"]
+
+
+@dataclass(frozen=True)
+class MuonHyperparameters:
+    """What all matrices of a bucket share. ``lr`` may be a 0-d tensor on their device."""
+
+    lr: Coefficient
+    mu: float
+    nesterov: bool
+    residual_gain: float | None
+    regressor: Regressor
+    orthogonalization: Orthogonalization
+    beta2: float
+    ns_steps: int
+    ns_dtype: torch.dtype | None
+    shape_scale: ShapeScale
+    weight_decay: float
+    scale: float
+    maximize: bool
+
+
+def shape_factor(kind: ShapeScale, p: int, q: int) -> float:
+    """The two usual scales of Muon: sqrt(max(1, p/q)), or 0.2 sqrt(max(p, q)), whose updates have AdamW's RMS."""
+    return math.sqrt(max(1.0, p / q)) if kind == "original" else 0.2 * math.sqrt(max(p, q))
+
+
+def lorapre_muon(bucket: Bucket, hyper: MuonHyperparameters) -> None:
+    """One step of LoRA-Pre Muon for a bucket of matrices, equations (8) to (10), in place."""
+    factor = hyper.scale * shape_factor(hyper.shape_scale, bucket.view.p, bucket.view.q)
+    for piece in bucket.pieces():
+        _muon_piece(piece, hyper, factor)
+
+
+def _muon_piece(piece: Piece, hyper: MuonHyperparameters, factor: float) -> None:
+    if hyper.maximize:
+        piece.G.neg_()
+    direction = _whole if hyper.orthogonalization == "newton_schulz" else _through_the_factors
+    update = direction(piece, hyper).mul_(-piece.on * hyper.lr * factor)
+    piece.apply(update, 1.0 - piece.on * hyper.lr * hyper.weight_decay)
+
+
+def _coefficients(hyper: MuonHyperparameters) -> tuple[float, float]:
+    """Weights of the old momentum and of the gradient: a sum, or Nesterov's look ahead G + mu (mu M + G)."""
+    mu = hyper.mu
+    return (mu * mu, 1.0 + mu) if hyper.nesterov else (mu, 1.0)
+
+
+def _whole(piece: Piece, hyper: MuonHyperparameters) -> Tensor:
+    """Equations (8) and (10): Newton-Schulz on the momentum with its residual, p x q as it is."""
+    keep, inside = _coefficients(hyper)
+    outside = inside if hyper.residual_gain is None else hyper.residual_gain / (1.0 - hyper.mu)
+    m = momentum(piece, hyper.regressor, keep=keep, inside=inside, outside=outside, decay=hyper.mu, gain=1.0)
+    return newton_schulz(m, hyper.ns_steps, hyper.ns_dtype)
+
+
+def _through_the_factors(piece: Piece, hyper: MuonHyperparameters) -> Tensor:
+    """Muon without a product of p x q by p x q: the polar factor of the tracked part, the rest element by element.
+
+    The momentum inside the subspace is X A with orthonormal rows of A, so that its polar factor is that of X (p x r)
+    times A. The rest, G - P(G), takes Adam's treatment without momentum: divided by the root of its own rank-1 second
+    moment, it has elements of mean square 1, hence singular values around sqrt(max(p, q)), and is scaled to 1.
+    """
+    keep, inside = _coefficients(hyper)
+    B, A, G = piece["m_B"], piece["m_A"], piece.G
+    left = hyper.regressor.project(A, G)
+    head = newton_schulz(B * keep + left * inside, hyper.ns_steps, hyper.ns_dtype)  # (n, p, r)
+    piece["m_B"], piece["m_A"] = hyper.regressor.advance(B, A, G, left, decay=hyper.mu, gain=1.0, on=piece.enabled)
+    rest = G.baddbmm_(left, A, alpha=-1.0)  # (n, p, q)
+    row, col = piece["v_row"], piece["v_col"]
+    v = factors.rank1_second_moment(row, col, rest, hyper.beta2).div_(1.0 - hyper.beta2**piece.step)
+    piece["v_row"], piece["v_col"] = factors.advance_rank1(row, col, rest, piece.on * (1.0 - hyper.beta2))
+    rest.div_(v.sqrt_().clamp_(min=torch.finfo(v.dtype).tiny))
+    assert hyper.residual_gain is not None
+    weight = hyper.residual_gain / max(G.shape[-2:]) ** 0.5
+    return torch.baddbmm(rest, head, A, beta=weight)

@@ -1,0 +1,197 @@
+"""LoRAPreMuon: Muon whose momentum is factored (Algorithm 2), AdamW for everything that is no matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from lorapre.backends.batches import Bucket
+from lorapre.backends.eager_muon import MuonHyperparameters, Orthogonalization, ShapeScale, lorapre_muon
+from lorapre.factors import Regression
+from lorapre.optim.base import Group
+from lorapre.optim.checks import check_betas, check_choice, check_momentum
+from lorapre.optim.dense import DenseAdamW
+from lorapre.routing import MatrixView, View3D
+
+
+class LoRAPreMuon(DenseAdamW):
+    """Muon with a low-rank momentum: W moves along the polar factor of mu m_B m_A + G (arXiv 2602.24283).
+
+    A matrix of shape (p, q) costs (p + q) r numbers of state instead of Muon's p q. Matrices with min(p, q) > rank
+    are updated this way, stacks of matrices (3-D) one by one, convolutions as (out, in * kernel). All other
+    parameters take torch's own AdamW. Embeddings and output heads look like matrices; `lorapre.param_groups` tells
+    them apart by module type.
+
+    Args:
+        params: parameters, named parameters, or groups of them; a group may set any option below, and
+            ``compress=False`` to keep its parameters with AdamW.
+        lr: learning rate of both, a float or a one-element tensor; a group may have its own.
+        rank: rank r of the factors, or a fraction of each matrix's smaller side.
+        momentum: decay mu of the momentum, which is a sum, not an average.
+        nesterov: look one step ahead, G + mu m_t.
+        weight_decay: decoupled, as in AdamW.
+        betas: decay rates of AdamW's moments; the second one also of "factors"' second moment.
+        eps: added to sqrt(v) by AdamW.
+        regression: how the factors follow the momentum: "subspace", "tangent" (one read of the gradient) or
+            "newton", the paper's.
+        residual_gain: weight of the gradient's part outside the tracked subspace, as a share of the weight that a
+            constant gradient gathers inside; None gives it the weight of a single gradient, as the paper does. With
+            "factors", the size of its singular values against those inside.
+        orthogonalization: "newton_schulz" iterates on the whole p x q momentum; "factors" on the p x r factor alone,
+            and divides the gradient's part outside the subspace by the root of its rank-1 second moment instead (p + q
+            numbers more of state): no product of p x q by p x q at all.
+        ns_steps: Newton-Schulz iterations.
+        ns_dtype: dtype of the iteration; None is bfloat16 on a GPU, as in torch.optim.Muon, and the weights' own
+            (at least float32) on the CPU, where bfloat16 is slower.
+        adjust_lr_fn: torch's name for the scale of the update: "match_rms_adamw" is 0.2 sqrt(max(p, q)), at which
+            AdamW's learning rates and weight decays fit; "original" is sqrt(max(1, p / q)).
+        damping: added to the diagonal of the r x r matrices that "newton" inverts, above 0.
+        damping_mode: "relative" to their mean diagonal, or "absolute" as in the paper.
+        scale: multiplies the update of compressed matrices, not their weight decay.
+        view_3d: a 3-D weight is a "stack" of matrices, or to be flattened to (out, in * kernel): "flatten".
+        state_dtype: dtype of the state; None is the parameter's own, but at least float32.
+        seed: of the random right factors. Each parameter draws from its own stream, the same in every process.
+        maximize: ascend instead of descend.
+        capturable: keep the step counters on the device, so that ``step()`` can be captured in a CUDA graph.
+        nonfinite: what to do when a gradient holds inf or nan: "raise" a RuntimeError, or "skip" the whole step.
+            None means "raise", or "skip" with ``capturable``, where it must be.
+
+    Raises:
+        ValueError: an option is out of range.
+        TypeError: a parameter is complex, sharded or flattened.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        rank: int | float = 0.25,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 1e-2,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        regression: Regression = "subspace",
+        residual_gain: float | None = 1.0,
+        orthogonalization: Orthogonalization = "newton_schulz",
+        ns_steps: int = 5,
+        ns_dtype: torch.dtype | None = None,
+        adjust_lr_fn: ShapeScale = "match_rms_adamw",
+        damping: float = 1e-4,
+        damping_mode: Literal["absolute", "relative"] = "relative",
+        scale: float = 1.0,
+        view_3d: View3D = "stack",
+        state_dtype: torch.dtype | None = None,
+        seed: int = 0,
+        maximize: bool = False,
+        capturable: bool = False,
+        nonfinite: Literal["raise", "skip"] | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "rank": rank,
+                "momentum": momentum,
+                "nesterov": nesterov,
+                "weight_decay": weight_decay,
+                "betas": betas,
+                "eps": eps,
+                "regression": regression,
+                "residual_gain": residual_gain,
+                "orthogonalization": orthogonalization,
+                "ns_steps": ns_steps,
+                "ns_dtype": ns_dtype,
+                "adjust_lr_fn": adjust_lr_fn,
+                "damping": damping,
+                "damping_mode": damping_mode,
+                "scale": scale,
+                "view_3d": view_3d,
+                "state_dtype": state_dtype,
+                "seed": seed,
+                "maximize": maximize,
+                "capturable": capturable,
+                "nonfinite": nonfinite,
+            },
+        )
+
+    @classmethod
+    def paper(
+        cls, params: ParamsT, lr: float | Tensor = 1e-3, rank: int | float = 128, **overrides: Any
+    ) -> LoRAPreMuon:
+        """Algorithm 2 exactly: Newton's regression with absolute damping 1e-6, no Nesterov, no weight decay."""
+        return cls(params, lr, rank, **{**PAPER_PRESET, **overrides})
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        check_betas(group["betas"])
+        check_momentum(group["momentum"])
+        check_choice("adjust_lr_fn", group["adjust_lr_fn"], ("original", "match_rms_adamw"))
+        check_choice("orthogonalization", group["orthogonalization"], ("newton_schulz", "factors"))
+        if group["orthogonalization"] == "factors":
+            if group["residual_gain"] is None:
+                raise ValueError(
+                    "residual_gain=None, the paper's, has no meaning with orthogonalization='factors'. Give a number, "
+                    "0 to leave the residual out."
+                )
+            if group["regression"] == "newton":
+                raise ValueError(
+                    "orthogonalization='factors' needs factors with orthonormal rows: use regression='subspace' or "
+                    "'tangent', not 'newton'."
+                )
+        if not isinstance(group["ns_steps"], int) or not 0 < group["ns_steps"] < 100:
+            raise ValueError(f"Invalid ns_steps: {group['ns_steps']!r}. Give an integer from 1 to 99.")
+        if group["ns_dtype"] not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise ValueError(f"Invalid ns_dtype: {group['ns_dtype']!r}. Give a floating torch.dtype, or None.")
+
+    def _init_param_state(self, param: Tensor, view: MatrixView | None, group: Group, key: str) -> dict[str, Tensor]:
+        if view is None:
+            return self._init_dense_state(param, group)
+        state = {"step": self._new_step(param, group), **self._init_momentum(param, view, group, key, "m")}
+        if group["orthogonalization"] == "factors":
+            state |= self._init_means(param, view, group)
+        return state
+
+    def _step_bucket(self, bucket: Bucket, group: Group) -> None:
+        device = bucket.params[0].device
+        ns_dtype = group["ns_dtype"]
+        if ns_dtype is None and device.type != "cpu" and bucket.params[0].dtype != torch.float64:
+            ns_dtype = torch.bfloat16
+        lorapre_muon(
+            bucket,
+            MuonHyperparameters(
+                lr=self._lr(group, device),
+                mu=group["momentum"],
+                nesterov=group["nesterov"],
+                residual_gain=group["residual_gain"],
+                regressor=self._regressor(group),
+                orthogonalization=group["orthogonalization"],
+                beta2=group["betas"][1],
+                ns_steps=group["ns_steps"],
+                ns_dtype=ns_dtype,
+                shape_scale=group["adjust_lr_fn"],
+                weight_decay=group["weight_decay"],
+                scale=group["scale"],
+                maximize=group["maximize"],
+            ),
+        )
+
+
+#: Algorithm 2 as printed.
+PAPER_PRESET: Mapping[str, Any] = {
+    "momentum": 0.95,
+    "nesterov": False,
+    "weight_decay": 0.0,
+    "regression": "newton",
+    "residual_gain": None,
+    "orthogonalization": "newton_schulz",
+    "scale": 1.0,
+    "damping": 1e-6,
+    "damping_mode": "absolute",
+    "adjust_lr_fn": "original",
+}
