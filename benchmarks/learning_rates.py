@@ -23,7 +23,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results" / "learning-rates"
 DENSE_LR = 4e-3
 GRID = {
-    "lorapre-adamw": (2.5e-4, 5e-4, 1e-3),
+    "lorapre-adamw": (5e-4, 1e-3, 2e-3),
     "lorapre-adamw-paper": (5e-4, 1e-3, 2e-3, 4e-3),
     "adamw": (5e-4, 1e-3, 2e-3),
 }

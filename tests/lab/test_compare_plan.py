@@ -53,6 +53,20 @@ def test_halving_runs_the_best_two_in_full_and_seeds_the_better() -> None:
     assert planner("halving").choice(losses).lr == 2e-3
 
 
+def test_halving_goes_on_at_full_length_while_the_best_lies_at_the_edge() -> None:
+    # Short runs want a low rate, as Adam's do; long ones a rate beyond all that were short-listed.
+    def loss(job: Job) -> float:
+        return valley(2e-3)(job) if job.steps == 10 else valley(1.6e-2)(job)
+
+    plan = planner("halving", extend=True, seeds=2)
+    losses = play(plan, loss)
+    in_full = {(lr, seed) for lr, seed, steps in made(losses) if steps == 40}
+    assert in_full >= {(4e-3, 0), (8e-3, 0), (1.6e-2, 0), (1.6e-2, 1)}
+    assert plan.choice(losses).lr == 1.6e-2
+    quick = planner("quick", extend=True)
+    assert quick.choice(play(quick, loss)).lr == 2e-3
+
+
 def test_grid_runs_every_rate_in_full() -> None:
     assert made(play(planner("grid"), valley(1e-3))) == {(lr, 0, 40) for lr in GRID}
 

@@ -135,7 +135,7 @@ class Arena:
         """The search that the user named, or the most thorough one that the budget has room for."""
         budget = self.config.budget_seconds
         if self.config.search is not None or budget is None:
-            return self.config.search or "quick", []
+            return self.config.search or "halving", []
         speeds, start = self._trial_speeds(pool)
         planners = make_planners(self.config, self.contestants, "grid")
         racing = [planner for key, planner in planners.items() if key in speeds]

@@ -36,7 +36,9 @@ SEARCHES: Mapping[SearchName, Search] = {
     for search in (
         Search("grid", (Rung(1.0, None),), "every learning rate at full length"),
         Search(
-            "halving", (Rung(0.25, None), Rung(1.0, 2)), "all learning rates at 1/4 length, the best two at full length"
+            "halving",
+            (Rung(0.25, None), Rung(1.0, 2)),
+            "all learning rates at 1/4 length, the best two at full length, and their neighbours while these are better",
         ),
         Search(
             "quick", (Rung(0.25, None), Rung(1.0, 1)), "all learning rates at 1/4 length, the best one at full length"
@@ -123,7 +125,9 @@ class Planner:
                     return [Ask(self._job(lr, self.seeds[0], steps), number) for lr in missing], []
                 ranked = sorted(rates, key=lambda lr: _rank_key(losses[self._job(lr, self.seeds[0], steps)]))
                 finished = [lr for lr in ranked if losses[self._job(lr, self.seeds[0], steps)] is not None]
-                beyond = self._beyond(rates, finished) if number == 0 and extensions < MAX_EXTENSIONS else None
+                # Short runs misjudge the rates of long ones: from the best two on, full length decides anew.
+                grows = (number == 0 or rung.keep != 1) and extensions < MAX_EXTENSIONS
+                beyond = self._beyond(rates, finished) if grows else None
                 if beyond is None:
                     break
                 rates.append(beyond)
@@ -166,10 +170,11 @@ class Planner:
         return Choice(best, tuple((lr, reached[lr][1]) for lr in sorted(reached)), edge)
 
     def _lengths(self) -> list[int]:
-        """Steps of each run, if the grid does not grow."""
+        """Steps of each run, if the grid does not grow at its first length."""
         lengths, rates = [self.steps] * (len(self.seeds) - 1), len(self.grid)
         for rung in self.search.rungs:
-            rates = rates if rung.keep is None else min(rates, rung.keep)
+            if rung.keep is not None:
+                rates = min(rates, rung.keep) + (rung.keep > 1 and self.extend)  # one neighbour at least
             lengths += [self.rung_steps(rung)] * rates
         return lengths
 
