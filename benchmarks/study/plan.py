@@ -1,0 +1,142 @@
+"""Which runs the study needs, given those that it has. Pure: a restart plans the same from the rows on the disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from study.profiles import Profile
+
+#: Rates of one contestant, after which its grid grows no more.
+MOST_RATES = 8
+
+#: In the order of their urgency, unless the command line says another. "half" is half of the best rate, for the runs of
+#: "larger" and "long".
+STAGES = ("rates", "seeds", "larger", "long", "half")
+
+
+class Key(NamedTuple):
+    """What makes two runs the same training, whichever stage asked for them."""
+
+    model: str
+    tokens: int
+    contestant: str
+    lr: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    stage: str
+    model: str
+    tokens: int
+    contestant: str
+    lr: float
+    seed: int
+
+    @property
+    def key(self) -> Key:
+        """The training, without the stage."""
+        return Key(self.model, self.tokens, self.contestant, rounded(self.lr), self.seed)
+
+
+#: Final loss by training; infinite where it diverged.
+Losses = Mapping[Key, float]
+
+
+@dataclass(frozen=True)
+class Search:
+    """How far the search for one contestant's rate has come.
+
+    Attributes:
+        rates: all that it consists of so far, ascending, made or not.
+        complete: it asks for nothing any more.
+        best: the rate with the lowest loss; None before it is complete, and where every rate failed or diverged.
+    """
+
+    rates: tuple[float, ...]
+    complete: bool
+    best: float | None
+
+
+def rounded(lr: float) -> float:
+    """``lr`` as it is told apart from others: a grid that doubles and halves differs in the last bits."""
+    return float(f"{lr:.6g}")
+
+
+def search(profile: Profile, contestant: str, losses: Losses, failed: Collection[Key] = ()) -> Search:
+    """The state of a contestant's search; a rate that ``failed`` has no loss, is not made, and ends the grid there.
+
+    Where all rates diverged they were too high: the grid grows downwards.
+    """
+
+    def key(rate: float) -> Key:
+        return Key(profile.model, profile.tokens, contestant, rate, profile.seeds[0])
+
+    rates = {rounded(rate) for rate in profile.rates[contestant]}
+    rates |= {known.lr for known in losses if known == key(known.lr)}
+    while True:
+        tried = {rate: losses[key(rate)] for rate in sorted(rates) if key(rate) in losses}
+        if any(rate not in tried and key(rate) not in failed for rate in rates):
+            return Search(tuple(sorted(rates)), False, None)
+        best = min(tried, key=lambda rate: tried[rate], default=None)
+        finite = best is not None and tried[best] < math.inf
+        if best is None or len(rates) >= MOST_RATES:
+            beyond = None
+        elif finite and best == max(rates):
+            beyond = 2 * best
+        elif best == min(rates):  # of equal losses, infinite ones too, the lowest rate's is the best
+            beyond = best / 2
+        else:
+            beyond = None
+        if beyond is None:
+            return Search(tuple(sorted(rates)), True, best if finite else None)
+        rates.add(rounded(beyond))
+
+
+def wanted(
+    profile: Profile,
+    losses: Losses,
+    running: Collection[Key] = (),
+    failed: Collection[Key] = (),
+    stages: Sequence[str] = STAGES,
+) -> list[Run]:
+    """Runs that are to be begun, the most urgent first.
+
+    Args:
+        profile: what to train.
+        losses: of all finished runs.
+        running: not to be begun again; they have no loss yet.
+        failed: given up.
+        stages: to be made, in the order of their urgency. What follows a search waits for that contestant's search
+            alone, so that no machine stands idle.
+    """
+    runs: list[Run] = []
+    best: dict[str, float] = {}
+    first = profile.seeds[0]
+    for contestant in profile.rates:
+        found = search(profile, contestant, losses, failed)
+        runs += [Run("rates", profile.model, profile.tokens, contestant, rate, first) for rate in found.rates]
+        if found.best is not None:
+            best[contestant] = found.best
+    for seed in profile.seeds[1:]:
+        for contestant in profile.finalists:
+            if contestant in best:
+                runs.append(Run("seeds", profile.model, profile.tokens, contestant, best[contestant], seed))
+    elsewhere = [("larger", model, profile.tokens, profile.confirmed) for model in profile.larger]
+    elsewhere += [("long", profile.model, profile.long_tokens, profile.long)]
+    for share in (1.0, 0.5):
+        for stage, model, tokens, contestants in elsewhere:
+            for contestant in contestants:
+                if contestant in best:
+                    name = stage if share == 1 else "half"
+                    runs.append(Run(name, model, tokens, contestant, rounded(best[contestant] * share), first))
+    unmade: dict[Key, Run] = {}
+    for run in runs:
+        if run.stage in stages and run.key not in losses and run.key not in running and run.key not in failed:
+            unmade.setdefault(run.key, run)
+    return sorted(unmade.values(), key=lambda run: stages.index(run.stage))

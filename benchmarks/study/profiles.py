@@ -1,0 +1,134 @@
+"""What the study trains: change this to ask something else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+ADAM_RATES = (5e-4, 1e-3, 2e-3)
+MUON_RATES = (2.5e-3, 5e-3)
+FACTORS = "+orthogonalization=factors"
+
+
+def _adam(gain: float | None, rank: str, more: str = "") -> str:
+    return f"lorapre-adamw+residual_gain={'null' if gain is None else gain}{more}@{rank}"
+
+
+def _muon(gain: float | None, rank: str, more: str = "") -> str:
+    return f"lorapre-muon+residual_gain={'null' if gain is None else gain}{more}@{rank}"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A model, a length, and who competes.
+
+    Attributes:
+        model: preset of the search.
+        tokens: of a run of the search.
+        rates: contestants as ``lorapre compare`` writes them, with the first rates of each; the grid grows by factors
+            of 2 while the best rate is at its edge. The first contestants are the most urgent.
+        finalists: get more seeds at their best rate.
+        seeds: for finalists; the first one is that of all other runs.
+        long: contestants that are trained on ``long_tokens`` too, at their best rate and at half of it.
+        long_tokens: of such a run.
+        larger: models on which ``confirmed`` run, at the best rate and at half of it.
+        confirmed: contestants for larger models.
+        batch_size: sequences a step.
+        sequence_length: tokens of a sequence.
+        valid_tokens: of the validation text, in whole sequences.
+        dense_lr: rate of embeddings, head and norms, the same under all.
+        validations: of a run, the last one at its end.
+        tokenizer: to be trained on the text, such as ``bpe:512``; None is the corpus's own.
+
+    Raises:
+        ValueError: a contestant of a later stage is not searched for.
+    """
+
+    model: str
+    tokens: int
+    rates: Mapping[str, tuple[float, ...]]
+    finalists: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = (0, 1, 2)
+    long: tuple[str, ...] = ()
+    long_tokens: int = 300_000_000
+    larger: tuple[str, ...] = ()
+    confirmed: tuple[str, ...] = ()
+    batch_size: int = 128
+    sequence_length: int = 256
+    valid_tokens: int = 250_000
+    dense_lr: float = 2.5e-3
+    validations: int = 8
+    tokenizer: str | None = None
+
+    def __post_init__(self) -> None:
+        for contestant in (*self.finalists, *self.long, *self.confirmed):
+            if contestant not in self.rates:
+                raise ValueError(f"{contestant} has no rates to be searched among. Name it in rates, too.")
+
+    @property
+    def protocol(self) -> dict[str, float]:
+        """What all rows of one study share besides the model and the length."""
+        return {
+            "batch_size": self.batch_size,
+            "sequence_length": self.sequence_length,
+            "valid_tokens": self.valid_tokens,
+            "dense_lr": self.dense_lr,
+        }
+
+
+MAIN = Profile(
+    model="llama-20m",
+    tokens=50_000_000,
+    rates={
+        "adamw": ADAM_RATES,
+        "muon": MUON_RATES,
+        _adam(1.0, "1/32"): ADAM_RATES,
+        _adam(1.0, "1/4"): ADAM_RATES,
+        _muon(1.0, "1/4"): MUON_RATES,
+        _muon(1.0, "1/32"): MUON_RATES,
+        _muon(1.0, "1/4", FACTORS): MUON_RATES,
+        _muon(1.0, "1/32", FACTORS): MUON_RATES,
+        "galore@1/4": (5e-3, 1e-2, 2e-2),
+        "fira@1/4": (2.5e-3, 5e-3, 1e-2),
+        "apollo@1/4": (5e-3, 1e-2),
+        "adam-beta1-0": (5e-4, 1e-3),
+        _adam(None, "1/32"): (5e-4, 1e-3),
+        _adam(None, "1/4"): (5e-4, 1e-3),
+        _adam(2.0, "1/32"): (5e-4, 1e-3),
+        _adam(2.0, "1/4"): (5e-4, 1e-3),
+        _muon(None, "1/4"): MUON_RATES,
+        _muon(2.0, "1/4"): MUON_RATES,
+        _muon(4.0, "1/4"): MUON_RATES,
+        _adam(0.3, "1/32"): (5e-4, 1e-3),
+        _adam(1.0, "1"): (5e-4, 1e-3),
+        _adam(1.0, "4"): (5e-4, 1e-3),
+        _adam(1.0, "128"): (1e-3, 2e-3),
+        _adam(1.0, "1/4", "+second_moment=full"): (1e-3, 2e-3),
+        _adam(1.0, "1/4", "+second_moment=hadamard"): (1e-3, 2e-3),
+        _adam(1.0, "1/4", "+state_dtype=bfloat16"): (1e-3, 2e-3),
+        "lorapre-adamw-paper@1/4": (2.5e-4, 5e-4, 1e-3),
+        "lorapre-muon-paper@1/4": (1e-2, 2e-2),
+    },
+    finalists=("adamw", "muon", _adam(1.0, "1/32"), _adam(1.0, "1/4"), _muon(1.0, "1/4"), _muon(1.0, "1/32"),
+               _muon(1.0, "1/4", FACTORS), "galore@1/4", "fira@1/4"),
+    long=("adamw", "muon", _adam(1.0, "1/4"), _muon(1.0, "1/4"), _muon(1.0, "1/32")),
+    larger=("llama-60m", "llama-130m"),
+    confirmed=("adamw", "muon", _adam(1.0, "1/4"), _muon(1.0, "1/4"), _muon(1.0, "1/32")),
+)  # fmt: skip
+
+#: For a machine without a GPU, to try the script itself.
+TINY = Profile(
+    model="llama-1m",
+    tokens=20_480,
+    rates={"adamw": (1e-3, 2e-3), _adam(1.0, "1/4"): (5e-4, 1e-3), _muon(1.0, "1/4", FACTORS): (5e-3,)},
+    finalists=("adamw",),
+    seeds=(0, 1),
+    long=("adamw",),
+    long_tokens=40_960,
+    batch_size=8,
+    sequence_length=64,
+    valid_tokens=4_000,
+    tokenizer="bpe:512",
+)
+
+PROFILES: Mapping[str, Profile] = {"main": MAIN, "tiny": TINY}
