@@ -132,7 +132,7 @@ def test_convolutions_are_flattened_and_stacks_are_not() -> None:
         "transposed.bias": "vector",
         "conv2.bias": "vector",
     }
-    optimizer = LoRAPreAdamW(groups)
+    optimizer = LoRAPreAdamW(groups, second_moment="hadamard")
     shapes = {
         "conv1.weight": ((24, 4), (4, 48)),
         "transposed.weight": ((16, 4), (4, 72)),

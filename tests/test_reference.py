@@ -225,23 +225,101 @@ def test_newton_schulz_brings_every_singular_value_near_one_and_keeps_the_singul
 
 
 @pytest.mark.parametrize("mode", ["absolute", "relative"])
-def test_the_batched_factors_are_the_references(mode: Literal["absolute", "relative"]) -> None:
+@pytest.mark.parametrize(("decay", "gain"), [(0.49, 0.51), (0.9, 1.0), (0.0, 1.0)])
+def test_the_batched_newton_step_is_the_references(
+    mode: Literal["absolute", "relative"], decay: float, gain: float
+) -> None:
     B, A, G = normal(3, 6, 2, seed=1), normal(3, 2, 9, seed=2), normal(3, 6, 9, seed=3)
-    new_B, new_A = factors.advance(B, A, G, rate=0.3, damping=1e-3, mode=mode)
-    m, v = factors.first_moment(B, A, G, 0.9), factors.second_moment(B, A, G, 0.95)
+    regressor = factors.Regressor("newton", 1e-3, mode)
+    left = regressor.project(A, G)
+    new_B, new_A = regressor.advance(B, A, G, left, decay=decay, gain=gain)
+    root = math.sqrt(decay)
     for i in range(3):
-        expected = reference.advance_factors(B[i], A[i], G[i], keep=0.7, gain=0.3, damping=1e-3, damping_mode=mode)
+        assert_close(left[i], reference.left_target(A[i], G[i], 1e-3, mode), 1e-13)
+        expected = reference.advance_factors(
+            B[i],
+            A[i],
+            G[i],
+            keep=root,
+            gain=gain * (1 - root) / (1 - decay),  # equation (9); for an average, 1 - sqrt(beta)
+            damping=1e-3,
+            damping_mode=mode,
+        )
         assert_close(new_B[i], expected[0], 1e-13)
         assert_close(new_A[i], expected[1], 1e-13)
+
+
+@pytest.mark.parametrize("regression", ["newton", "subspace", "tangent"])
+def test_factors_that_are_not_to_advance_stay_as_they_are(regression: factors.Regression) -> None:
+    B, A, G = normal(3, 6, 2, seed=1), normal(3, 2, 9, seed=2), normal(3, 6, 9, seed=3)
+    A = torch.linalg.qr(A.mT).Q.mT.contiguous()
+    regressor = factors.Regressor(regression, 1e-3, "relative")
+    left = regressor.project(A, G)
+    for on in (True, False):
+        new_B, new_A = regressor.advance(B, A, G, left, decay=0.9, gain=0.1, on=torch.tensor(on))
+        assert torch.equal(new_B, B) == torch.equal(new_A, A) == (not on)
+
+
+def test_the_batched_moments_are_the_references() -> None:
+    B, A, G = normal(3, 6, 2, seed=1), normal(3, 2, 9, seed=2), normal(3, 6, 9, seed=3)
+    left = factors.Regressor("newton", 1e-3, "absolute").project(A, G)
+    m = factors.read_momentum(B, A, G, left, keep=0.9, inside=0.1, outside=0.1)
+    v = factors.second_moment(B, A, G, 0.95)
+    # equation (12): the gradient inside and outside of the row space with weights of their own
+    split = factors.read_momentum(B, A, G, left, keep=0.9, inside=0.1, outside=0.7)
+    per_matrix = factors.read_momentum(
+        B, A, G, left, keep=0.9, inside=0.1, outside=torch.tensor([0.7, 0.2, 0.0], dtype=torch.float64)[:, None, None]
+    )
+    for i, outside in enumerate((0.7, 0.2, 0.0)):
         assert_close(m[i], reference.first_moment(B[i], A[i], G[i], 0.9), 1e-14)
         assert_close(v[i], reference.second_moment(B[i], A[i], G[i], 0.95), 1e-14)
+        P = left[i] @ A[i]
+        assert_close(split[i], 0.9 * B[i] @ A[i] + 0.1 * P + 0.7 * (G[i] - P), 1e-13)
+        assert_close(per_matrix[i], 0.9 * B[i] @ A[i] + 0.1 * P + outside * (G[i] - P), 1e-13)
+
+
+def test_the_batched_rank_1_second_moment_is_the_references() -> None:
+    G, row, col = normal(3, 6, 9, seed=1), normal(3, 6, 1, seed=2).square(), normal(3, 1, 9, seed=3).square()
+    row[2] = col[2] = 0.0  # a matrix that has seen nothing
+    v = factors.rank1_second_moment(row, col, G, 0.95)
+    new_row, new_col = factors.advance_rank1(row, col, G, 0.05)
+    for i in range(3):
+        expected = reference.rank1_second_moment(row[i, :, 0], col[i, 0], G[i], 0.95)
+        assert_close(v[i], expected, 1e-14)
+        assert_close(new_row[i, :, 0], 0.95 * row[i, :, 0] + 0.05 * (G[i] ** 2).mean(1), 1e-14)
+        assert_close(new_col[i, 0], 0.95 * col[i, 0] + 0.05 * (G[i] ** 2).mean(0), 1e-14)
+    assert (v >= 0.05 * G.square()).all()
+
+
+# 2 x 2, by hand: v_r = (1, 3), v_c = (4, 8), mean(v_r) = 2: the outer product over it is ((2, 4), (6, 12)).
+def test_a_rank_1_second_moment_on_numbers_is_what_equation_13_gives_by_hand() -> None:
+    v = reference.rank1_second_moment(torch.tensor([1.0, 3.0]), torch.tensor([4.0, 8.0]), torch.ones(2, 2), 0.5)
+    assert torch.equal(v, torch.tensor([[1.5, 2.5], [3.5, 6.5]]))
+
+
+@pytest.mark.parametrize("gain", [0.0, 0.1, 0.3, 1.0, 2.5])
+def test_the_residuals_weight_is_that_of_the_newest_entry_of_an_average(gain: float) -> None:
+    weights = []
+    for step in range(1, 8):
+        expected = gain / sum(gain * (1 - gain) ** age for age in range(step)) if 0 < gain < 1 else gain
+        weights.append(expected)
+        assert reference.residual_weight(gain, step) == pytest.approx(expected, rel=1e-12)
+        assert factors.residual_weight(gain, step) == pytest.approx(expected, rel=1e-12)
+        steps = torch.tensor([float(step)], dtype=torch.float64)
+        assert float(factors.residual_weight(gain, steps)) == pytest.approx(expected, rel=1e-12)
+    if 0 < gain < 1:
+        assert weights[0] == pytest.approx(1.0)
+        # with the paper's gain, 1 - beta1, equations (4) and (6)
+        assert weights[6] == pytest.approx(gain / reference.first_moment_correction(1 - gain, 7))
 
 
 def test_vanishing_factors_are_rescaled_without_changing_their_product() -> None:
     B, A, G = 1e-12 * normal(1, 6, 2, seed=1), 1e-12 * normal(1, 2, 9, seed=2), torch.zeros(1, 6, 9).double()
-    new_B, new_A = factors.advance(B, A, G, rate=0.1, damping=1e-4, mode="relative")
+    regressor = factors.Regressor("newton", 1e-4, "relative")
+    left = regressor.project(A, G)
+    new_B, new_A = regressor.advance(B, A, G, left, decay=0.81, gain=0.19)
     assert_close(new_B @ new_A, 0.81 * (B @ A), 1e-13)
     assert new_A.square().sum(-1).mean().item() == pytest.approx(0.81, rel=1e-12)  # the size moved over
-    left_out = factors.advance(B, A, G, rate=torch.tensor(0.0).double(), damping=1e-4, mode="relative")
+    left_out = regressor.advance(B, A, G, left, decay=0.81, gain=0.19, on=torch.tensor(False))
     assert torch.equal(left_out[0], B)
     assert torch.equal(left_out[1], A)

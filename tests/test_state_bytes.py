@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from _contract import ADAMW, LION, MUON, MUON_FACTORS, PAPER, SGD, Kind
 from _support import Shape, make_params, random_grads, set_grads
 from lorapre import LoRAPreAdamW, MemoryEstimate, estimate_memory, param_groups
-from lorapre.backends import eager
+from lorapre.backends import batches
 from lorapre.optim.summary import format_bytes
 
 
@@ -52,6 +53,24 @@ DTYPES = [(torch.float32, None, 4), (torch.bfloat16, None, 4), (torch.float64, N
 DTYPES += [(torch.float32, torch.bfloat16, 2), (torch.bfloat16, torch.float64, 8)]
 
 
+#: Numbers of state of one p x q matrix at rank r, apart from the step.
+NUMBERS: list[tuple[Kind, Callable[[int, int, int], int]]] = [
+    (Kind("rank1", LoRAPreAdamW, {"second_moment": "rank1"}), lambda p, q, r: (p + q) * r + p + q),
+    (Kind("hadamard", LoRAPreAdamW, {"second_moment": "hadamard"}), lambda p, q, r: 2 * (p + q) * r),
+    (
+        Kind("hadamard of rank 2", LoRAPreAdamW, {"second_moment": "hadamard", "second_moment_rank": 2}),
+        lambda p, q, r: (p + q) * (r + 2),
+    ),
+    (Kind("full", LoRAPreAdamW, {"second_moment": "full"}), lambda p, q, r: (p + q) * r + p * q),
+    (PAPER, lambda p, q, r: 2 * (p + q) * r),
+    (MUON, lambda p, q, r: (p + q) * r),
+    (MUON_FACTORS, lambda p, q, r: (p + q) * r + p + q),
+    (SGD, lambda p, q, r: (p + q) * r),
+    (LION, lambda p, q, r: (p + q) * r),
+]
+
+
+@pytest.mark.parametrize(("kind", "numbers"), NUMBERS, ids=lambda value: str(value) if isinstance(value, Kind) else "")
 @pytest.mark.parametrize(("dtype", "state_dtype", "itemsize"), DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "matrices", "p", "q", "options"),
@@ -64,7 +83,9 @@ DTYPES += [(torch.float32, torch.bfloat16, 2), (torch.bfloat16, torch.float64, 8
     ],
     ids=lambda value: str(value) if isinstance(value, tuple) else "",
 )
-def test_a_matrix_costs_two_p_plus_q_r_numbers_and_a_step(
+def test_a_matrix_costs_what_its_factors_hold_and_a_step(
+    kind: Kind,
+    numbers: Callable[[int, int, int], int],
     shape: Shape,
     matrices: int,
     p: int,
@@ -75,31 +96,31 @@ def test_a_matrix_costs_two_p_plus_q_r_numbers_and_a_step(
     itemsize: int,
     device: torch.device,
 ) -> None:
-    rank = 8
     params = make_params([shape], dtype, device)
-    hadamard = LoRAPreAdamW(params, rank=rank, state_dtype=state_dtype, **options)
-    full = LoRAPreAdamW(params, rank=rank, state_dtype=state_dtype, second_moment="full", **options)
-    for optimizer, expected in (
-        (hadamard, 2 * matrices * (p + q) * rank * itemsize + 4),
-        (full, (matrices * (p + q) * rank + matrices * p * q) * itemsize + 4),
-    ):
-        assert storage_bytes(optimizer) == expected
-        set_grads(params, random_grads(params, 0))
-        optimizer.step()
-        assert storage_bytes(optimizer) == expected, "a step adds nothing"
-        summary = optimizer.summary()
-        assert summary.state_bytes == summary.compressed_bytes == expected
-        assert summary.adamw_bytes == 2 * matrices * p * q * itemsize
-        assert (summary.compressed_tensors, summary.dense_tensors) == (1, 0)
-        estimate = estimate_memory(
-            [{"params": params, **options}],
-            rank,
-            state_dtype=state_dtype,
-            second_moment=optimizer.defaults["second_moment"],
-        )
+    optimizer = kind(params, rank=8, state_dtype=state_dtype, **options)
+    expected = matrices * numbers(p, q, 8) * itemsize + 4
+    assert storage_bytes(optimizer) == expected
+    set_grads(params, random_grads(params, 0))
+    optimizer.step()
+    assert storage_bytes(optimizer) == expected, "a step adds nothing"
+    summary = optimizer.summary()
+    assert summary.state_bytes == summary.compressed_bytes == expected
+    assert summary.adamw_bytes == 2 * matrices * p * q * itemsize
+    assert (summary.compressed_tensors, summary.dense_tensors) == (1, 0)
+    if kind.is_adamw:
+        estimate = estimate_memory([{"params": params, **options}], 8, state_dtype=state_dtype, **kind.options)
         assert estimate.state == expected
         assert estimate.adamw_state == summary.adamw_bytes
         assert estimate.weights == estimate.gradients == params[0].numel() * params[0].element_size()
+
+
+@pytest.mark.parametrize("kind", [ADAMW, MUON, SGD, LION], ids=str)
+def test_a_dense_parameter_costs_what_torchs_class_or_lion_holds(kind: Kind, device: torch.device) -> None:
+    params = make_params([(16, 24), (11,), (9, 9)], torch.float32, device)
+    optimizer = kind([{"params": params[:1]}, {"params": params[1:], "compress": False}], rank=2)
+    moments = 2 if kind in (ADAMW, MUON) else 1  # Muon's dense parameters are AdamW's
+    assert optimizer.summary().dense_bytes == moments * (11 + 81) * 4 + 2 * 4
+    assert storage_bytes(optimizer) == optimizer.summary().state_bytes
 
 
 class Model(nn.Module):
@@ -142,7 +163,7 @@ def test_frozen_weights_are_weights_without_gradients_or_state() -> None:
 def test_estimating_allocates_nothing_and_validates() -> None:
     with torch.device("meta"):
         huge = nn.Sequential(nn.Linear(2**17, 2**17), nn.Linear(2**17, 2**17))  # 137 GB
-    estimate = estimate_memory(huge, rank=128)
+    estimate = estimate_memory(huge, rank=128, second_moment="hadamard")
     assert estimate.state == 2 * (2 * 2**18 * 128 * 4 + 4) + 2 * (2 * 2**17 * 4 + 4)
     assert estimate.scratch >= 3 * 4 * 2**34
     with pytest.raises(ValueError, match="rank: 0"):
@@ -162,6 +183,12 @@ SCRATCH_CASES: list[tuple[list[Shape], int, torch.dtype, dict[str, Any]]] = [
     ([square], 32, torch.float32, {"state_dtype": torch.bfloat16}),
     ([square], 32, torch.float32, {"capturable": True}),
     ([square], 32, torch.float32, {"second_moment": "full"}),
+    ([square], 32, torch.float32, {"second_moment": "hadamard"}),
+    ([square] * 4, 32, torch.float32, {"second_moment": "hadamard", "regression": "newton"}),
+    ([square], 127, torch.float32, {"second_moment": "hadamard", "regression": "newton"}),
+    ([square], 32, torch.float32, {"regression": "tangent"}),
+    ([square], 32, torch.float32, {"regression": "newton"}),
+    ([square], 32, torch.float32, {"residual_gain": None, "eps_mode": "absolute"}),
     ([square], 32, torch.bfloat16, {"second_moment": "full", "state_dtype": torch.bfloat16}),
     ([(16, 16), (20_000,), (30_000,)], 4, torch.float32, {}),
     ([(16, 16), (20_000,), (30_000,)], 4, torch.float32, {"maximize": True}),
@@ -193,7 +220,7 @@ def test_pieces_bound_the_scratch_of_many_matrices(monkeypatch: pytest.MonkeyPat
     params = make_params([square] * 6, torch.float32, torch.device("cpu"))
     six = estimate_memory([{"params": params}], 16)
     assert six.scratch == 6 * one.scratch
-    monkeypatch.setattr(eager, "MAX_SCRATCH_NUMEL", 2 * 128 * 128)
+    monkeypatch.setattr(batches, "MAX_SCRATCH_NUMEL", 2 * 128 * 128)
     monkeypatch.setattr("lorapre.memory.MAX_SCRATCH_NUMEL", 2 * 128 * 128)
     assert estimate_memory([{"params": params}], 16).scratch == 2 * one.scratch
     optimizer = LoRAPreAdamW(params, rank=16)
@@ -208,7 +235,7 @@ def test_the_summary_reads_as_a_table_within_eighty_columns() -> None:
         nn.Parameter(torch.empty(shape, device="meta"))
         for shape in ((4096, 4096), (4096, 4096), (11008, 4096), (8, 14336, 4096), (512, 512, 3, 3), (4096,), ())
     ]
-    optimizer = LoRAPreAdamW(params, rank=128)
+    optimizer = LoRAPreAdamW(params, rank=128, second_moment="hadamard")
     lines = str(optimizer.summary()).splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0].split() == ["shape", "tensors", "numbers", "rank", "state", "AdamW"]
