@@ -80,7 +80,6 @@ KINDS = (
     PAPER,
     MUON_PAPER,
     MUON_FACTORS,
-    Kind("adamw-hadamard", LoRAPreAdamW, {"second_moment": "hadamard", "second_moment_rank": 2}),
     Kind("adamw-full", LoRAPreAdamW, {"second_moment": "full"}),
     TANGENT,
 )

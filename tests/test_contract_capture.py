@@ -49,13 +49,11 @@ def test_capturable_is_the_same_optimizer_to_rounding(kind: Kind, dtype: torch.d
 
 
 @every_kind
-@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("where", [0, 2, 3], ids=["matrix", "stack", "vector"])
-def test_a_capturable_step_with_nonfinite_gradients_is_a_no_op(
-    kind: Kind, where: int, bad: float, device: torch.device
-) -> None:
+def test_a_capturable_step_with_nonfinite_gradients_is_a_no_op(kind: Kind, where: int, device: torch.device) -> None:
     division = {"eps": 0.0} if "exp_avg" in kind.dense_keys else {}  # 0 / 0 on the way
-    for trained, options in itertools.product((0, 2), ({}, division, {"maximize": True})):
+    worst = (torch.nan, {}), (torch.inf, {}), (-torch.inf, {"maximize": True}), (torch.nan, division)
+    for trained, (bad, options) in itertools.product((0, 2), worst):
         optimizer = build(kind, device, capturable=True, weight_decay=0.1, **options)
         train(optimizer, trained)
         before = snapshot(optimizer)

@@ -37,19 +37,19 @@ def save_and_load(state: Any, tmp_path: Path) -> Any:
     return torch.load(tmp_path / "checkpoint.pt", weights_only=True)
 
 
+RESUMED: list[tuple[torch.dtype, dict[str, Any]]] = [
+    *((dtype, {}) for dtype in (torch.float32, torch.bfloat16, torch.float64)),
+    (torch.float32, {"capturable": True}),
+    (torch.bfloat16, {"capturable": True}),
+    (torch.float32, {"state_dtype": torch.bfloat16}),
+    (torch.float64, {"state_dtype": torch.bfloat16}),
+    (torch.float32, {"lr": torch.tensor(1e-2)}),
+    (torch.bfloat16, {"residual_gain": 0.5, "damping_mode": "absolute", "rank": 0.5}),
+]
+
+
 @every_kind
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"capturable": True},
-        {"state_dtype": torch.bfloat16},
-        {"lr": torch.tensor(1e-2)},
-        {"residual_gain": 0.5, "damping_mode": "absolute", "rank": 0.5},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("dtype", "options"), RESUMED, ids=str)
 def test_resuming_from_a_file_is_exact(
     kind: Kind, options: dict[str, Any], dtype: torch.dtype, device: torch.device, tmp_path: Path
 ) -> None:

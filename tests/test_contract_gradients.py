@@ -148,17 +148,16 @@ def test_zero_gradients_on_a_fresh_state_only_decay_the_weights(kind: Kind, mode
 SAFE_NEWTON = Kind("adamw-newton", LoRAPreAdamW, {**NEWTON, "second_moment": "hadamard", "damping_mode": "relative"})
 NO_GAIN = Kind("adamw-no-gain", LoRAPreAdamW, {"residual_gain": None, "second_moment": "rank1"})
 BOUNDED = [
-    (NO_GAIN, 20**0.5),
-    (ADAMW, 1e4),
-    (TANGENT, 1e4),
-    (SAFE_NEWTON, 1e4),
-    (MUON, 0.2 * 48**0.5 * 1.3),
-    (LION, 1.0),
+    (NO_GAIN, 20**0.5, 1000),
+    (ADAMW, 1e4, 1000),
+    (SAFE_NEWTON, 1e4, 1000),
+    (TANGENT, 1e4, 200),
+    (MUON, 0.2 * 48**0.5 * 1.3, 200),
+    (LION, 1.0, 200),
 ]
 
 
-@pytest.mark.parametrize(("kind", "bound"), BOUNDED, ids=str)
-@pytest.mark.parametrize("idle_steps", [200, 1000])
+@pytest.mark.parametrize(("kind", "bound", "idle_steps"), BOUNDED, ids=str)
 def test_weights_stay_bounded_when_gradients_return_after_a_pause(
     kind: Kind, bound: float, idle_steps: int, device: torch.device
 ) -> None:

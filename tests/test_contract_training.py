@@ -202,7 +202,7 @@ def test_a_grad_scaler_trains_like_no_scaler_and_leaves_out_overflowing_steps(ki
     assert_same_bits(snapshot(scaled), snapshot(plain))
 
 
-@every_kind
+@each_class
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

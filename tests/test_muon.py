@@ -25,7 +25,7 @@ from _support import (
 from lorapre import LoRAPreMuon, reference
 from lorapre.orthogonal import newton_schulz
 
-STEPS = 30
+STEPS = 20
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
 
 # Newton-Schulz.
@@ -82,7 +82,7 @@ class Case:
 
 
 MIXED: tuple[Shape, ...] = ((12, 20), (12, 20), (24, 10), (16, 16))
-SOME = frozenset({(0, 0), (0, 1), (2, 5), (1, 20), (3, 29)})
+SOME = frozenset({(0, 0), (0, 1), (2, 5), (1, 12), (3, 19)})
 CASES = [
     Case("tall", ((40, 12),)),
     Case("wide", ((12, 40),)),
@@ -176,8 +176,18 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Every case in the two main forms, every form in the cases that batch differently.
+TABLE = [(case, form) for case in CASES for form in ("default", "through the factors")]
+TABLE += [
+    (case, form)
+    for case in CASES
+    if case.name in ("stack", "several shapes, gradients missing", "capturable, gradients missing")
+    for form in FORMS
+    if (case, form) not in TABLE
+]
+
+
+@pytest.mark.parametrize(("case", "form"), TABLE, ids=str)
 def test_every_form_is_its_formula_in_both_precisions(case: Case, form: str, device: torch.device) -> None:
     options = {"weight_decay": 0.0, "regression": "subspace", "orthogonalization": "newton_schulz", **FORMS[form]}
     optimizers = {}

@@ -17,7 +17,7 @@ from _support import assert_close, assert_same_bits, gradients, make_params, rel
 from lorapre import LoRAPreAdamW, LoRAPreMuon
 
 quick = settings(
-    max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 #: Newton's regression with the damping that makes it scale-free.

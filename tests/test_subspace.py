@@ -303,7 +303,7 @@ def test_a_gradient_that_cancels_the_momentum_leaves_a_basis(step: Step) -> None
     assert 0 < (B @ A).norm() <= 0.1 * G.norm() * (1 + 1e-4)
 
 
-@pytest.mark.parametrize(("step", "steps"), [(sweep, 10_000), (tangent_step, 2_000)], ids=["sweep", "tangent_step"])
+@pytest.mark.parametrize(("step", "steps"), [(sweep, 10_000), (tangent_step, 1_000)], ids=["sweep", "tangent_step"])
 def test_rows_stay_orthonormal_over_thousands_of_steps_on_drifting_gradients(step: Step, steps: int) -> None:
     p, q, r = 6, 8, 3
     B, A = torch.zeros(1, p, r), orthonormal_rows(r, q).float()
@@ -358,7 +358,7 @@ def test_the_factors_come_close_to_the_best_rank_r_approximation(step: Step, r: 
     assert best <= error <= best * (1 + above_best)
 
 
-@pytest.mark.parametrize(("beta", "steps"), [(0.9, 200), (0.99, 600), (0.999, 1200), (0.9999, 1200)])
+@pytest.mark.parametrize(("beta", "steps"), [(0.99, 300), (0.999, 1000), (0.9999, 1000)])
 @BOTH
 def test_a_long_memory_does_not_make_the_momentum_collapse(step: Step, beta: float, steps: int) -> None:
     # a signal of rank 4 that stays, and noise whose average shrinks as the memory grows

@@ -40,8 +40,8 @@ def compare(
     search: Annotated[
         str | None,
         opt.option(
-            "grid (all rates at full length), halving (all at 1/4, the best two and better neighbours in full; default) "
-            "or quick (all at 1/4, the best one in full). With --budget: the most thorough that fits.",
+            "grid (all rates at full length), halving (default: all at 1/4, the best two and better neighbours in "
+            "full) or quick (all at 1/4, the best one in full). With --budget: the most thorough that fits.",
             _COMPARISON,
         ),
     ] = None,

@@ -38,7 +38,7 @@ SEARCHES: Mapping[SearchName, Search] = {
         Search(
             "halving",
             (Rung(0.25, None), Rung(1.0, 2)),
-            "all learning rates at 1/4 length, the best two at full length, and their neighbours while these are better",
+            "all learning rates at 1/4 length, the best two at full length, and neighbours while these are better",
         ),
         Search(
             "quick", (Rung(0.25, None), Rung(1.0, 1)), "all learning rates at 1/4 length, the best one at full length"
