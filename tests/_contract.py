@@ -24,6 +24,7 @@ PAPER_ADAMW = {
     "second_moment": "hadamard",
     "bias_correction": "paper",
     "eps_mode": "absolute",
+    "bounded": False,
     "scale": 0.25,
 }
 PAPER_MUON = {

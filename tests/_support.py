@@ -144,6 +144,7 @@ class ReferenceRun:
                 damping=group["damping"],
                 damping_mode=group["damping_mode"],
                 eps_mode=group["eps_mode"],
+                bounded=group["bounded"],
                 regression=group["regression"],
                 residual_gain=group["residual_gain"],
                 bias_correction=group["bias_correction"],

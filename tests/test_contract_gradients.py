@@ -264,13 +264,10 @@ DEAD_INPUTS = [
 ]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="P(G) and m_B m_A reach columns that have no gradient, where v is zero: updates up to 1e8 times lr",
-)
 @pytest.mark.parametrize("kind", DEAD_INPUTS, ids=str)
-def test_columns_without_gradient_do_not_move_faster_than_the_others(kind: Kind, device: torch.device) -> None:
-    # the inputs of a layer behind a ReLU of which some are never awake, or features that are always zero
+def test_columns_without_gradient_do_not_move(kind: Kind, device: torch.device) -> None:
+    # The inputs of a layer behind a ReLU of which some are never awake, or features that are always zero. P(G) and
+    # m_B m_A reach them, and v is 0 there.
     optimizer = build(kind, device, shapes=((32, 48),), rank=12, lr=1.0, weight_decay=0.0)
     param, generator = params_of(optimizer)[0], torch.Generator().manual_seed(0)
     for _ in range(10):
@@ -279,4 +276,5 @@ def test_columns_without_gradient_do_not_move_faster_than_the_others(kind: Kind,
         before = param.detach().clone()
         param.grad = G.to(device)
         optimizer.step()
-        assert (param.detach() - before)[:, 16:].abs().max() < 10
+        assert torch.equal(param.detach()[:, 16:], before[:, 16:])
+        assert (param.detach() - before).abs().max() <= 20**0.5 + 1e-4  # beta2 is 0.95

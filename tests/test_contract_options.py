@@ -216,6 +216,7 @@ OWN: dict[Kind, dict[str, Any]] = {
         "second_moment_rank": 3,
         "bias_correction": "paper",
         "eps_mode": "absolute",
+        "bounded": False,
         "scale": 0.5,
     },
     MUON: {
@@ -251,7 +252,8 @@ def test_every_option_may_be_set_in_a_group_and_matters(kind: Kind) -> None:
     assert_same_bits(snapshot(in_group), snapshot(by_options))
     # and each of them reaches the step: left at its default, it gives another result
     unseen = {"nonfinite", "capturable", "compress"}  # by finite gradients on a CPU
-    for key in values.keys() - unseen - {"orthogonalization"}:
+    # the bound is met by other gradients: columns without any, in test_contract_gradients.py
+    for key in values.keys() - unseen - {"orthogonalization", "bounded"}:
         changed = {**values, key: inspect.signature(kind.cls).parameters[key].default}
         if key == "second_moment":
             del changed["second_moment_rank"]

@@ -37,7 +37,14 @@ MIXED: tuple[Shape, ...] = ((12, 20), (12, 20), (24, 10), (16, 16))
 PAIR: tuple[Shape, ...] = ((12, 20), (16, 10))
 #: The regression of the paper with the safeguards of its own (relative damping, exact bias correction).
 NEWTON = {"regression": "newton", "second_moment": "hadamard", "residual_gain": None}
-PAPER = {**NEWTON, "damping_mode": "absolute", "damping": 1e-6, "bias_correction": "paper", "eps_mode": "absolute"}
+PAPER = {
+    **NEWTON,
+    "damping_mode": "absolute",
+    "damping": 1e-6,
+    "bias_correction": "paper",
+    "eps_mode": "absolute",
+    "bounded": False,
+}
 SOME = frozenset({(0, 0), (0, 1), (2, 5), (1, 50), (3, 99)})
 ALL_ELSE = {"weight_decay": 0.1, "scale": 0.5, "maximize": True}
 CASES = [
@@ -63,6 +70,8 @@ CASES = [
     Case("hadamard of full rank", PAIR, options={"second_moment": "hadamard", "second_moment_rank": 16}),
     Case("full second moment", (*PAIR, (2, 12, 16)), options={"second_moment": "full"}),
     Case("absolute eps", PAIR, options={"eps_mode": "absolute"}),
+    Case("no bound on the update", PAIR, options={"bounded": False}),
+    Case("a bound that is met", PAIR, options={"betas": (0.9, 0.2), "residual_gain": 0.5}),
     Case("maximize", PAIR, options={"maximize": True, "weight_decay": 0.1}),
     Case("maximize with a full second moment", PAIR, options={"maximize": True, "second_moment": "full"}),
     Case("scale", PAIR, options={"scale": 0.25, "weight_decay": 0.1}),

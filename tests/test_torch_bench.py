@@ -51,6 +51,7 @@ OWN: dict[type[torch.optim.Optimizer], dict[str, dict[str, Any]]] = {
             "second_moment": "hadamard",
             "bias_correction": "paper",
             "eps_mode": "absolute",
+            "bounded": False,
             "scale": 0.25,
         },
     },

@@ -267,6 +267,16 @@ def rank1_second_moment(row: Tensor, col: Tensor, G: Tensor, beta2: float) -> Te
     return torch.mul(scaled, col).addcmul_(G, G, value=1.0 - beta2)
 
 
+def update_bound(beta2: float, residual_gain: float) -> float:
+    """What no element of m / sqrt(v) may exceed: c / sqrt(1 - beta2), c the residual's weight, at least 1.
+
+    The residual's share is below it by itself, for v holds the newest G^2 in full. The momentum's is not: where v is
+    far smaller than around it (a feature that is hardly ever active), what the factors leak there is divided by
+    almost nothing.
+    """
+    return float(max(1.0, residual_gain) / (1.0 - beta2) ** 0.5)
+
+
 def advance_rank1(row: Tensor, col: Tensor, G: Tensor, rate: Coefficient) -> tuple[Tensor, Tensor]:
     """The averages of G^2's row means (n, p, 1) and column means (n, 1, q), one step of ``rate`` = 1 - beta2 on."""
     p, q = G.shape[-2:]

@@ -186,6 +186,7 @@ def lorapre_adam_step(
     beta2: float = 0.95,
     eps: float = 1e-8,
     eps_mode: Literal["absolute", "relative"] = "absolute",
+    bounded: bool = False,
     weight_decay: float = 0.0,
     scale: float = 1.0,
     regression: Literal["newton", "subspace"] = "newton",
@@ -198,7 +199,8 @@ def lorapre_adam_step(
 
     The rest is beyond the paper: ``regression="subspace"`` is equation (11), ``residual_gain`` c of (12), and
     ``state`` may hold the second moment of (13), or Adam's own, in full. A relative ``eps`` is in units of the
-    matrix's root mean vhat.
+    matrix's root mean vhat. ``bounded`` limits |mhat| / sqrt(vhat) to max(1, c) / sqrt(1 - beta2), and to 0 where vhat
+    is 0.
     """
     state.step += 1
     correction = first_moment_correction(beta1, state.step)
@@ -234,7 +236,11 @@ def lorapre_adam_step(
     state.m_B, state.m_A = follow(state.m_B, state.m_A, G, beta1)
     if eps_mode == "relative":
         eps = eps * v_hat.mean().sqrt().item()
-    return W - lr * (scale * m_hat / (v_hat.sqrt() + eps) + weight_decay * W)
+    update = m_hat / (v_hat.sqrt() + eps)
+    if bounded:
+        limit = max(1.0, residual_gain or 0.0) / math.sqrt(1 - beta2)
+        update = torch.where(v_hat > 0, update.clamp(-limit, limit), 0.0)
+    return W - lr * (scale * update + weight_decay * W)
 
 
 def newton_schulz(M: Tensor, steps: int = 5) -> Tensor:

@@ -24,6 +24,7 @@ class AdamHyperparameters:
     weight_decay: float
     scale: float
     residual_gain: float
+    bounded: bool
     regressor: Regressor
     bias_correction: BiasCorrection
     maximize: bool
@@ -46,11 +47,14 @@ def _adamw_piece(piece: Piece, hyper: AdamHyperparameters) -> None:
     v_hat = _second_moment(piece, hyper)  # (n, p, q)
     eps: Coefficient = hyper.eps
     if hyper.relative_eps:
-        eps = v_hat.mean(dim=(-2, -1), keepdim=True).sqrt() * hyper.eps
+        eps = v_hat.mean(dim=(-2, -1), keepdim=True).sqrt().mul_(hyper.eps)
+        eps.clamp_(min=torch.finfo(eps.dtype).tiny)  # a matrix without gradients stays as it is
     denominator = v_hat.sqrt_().add_(eps)
-    if hyper.relative_eps:
-        denominator.clamp_(min=torch.finfo(denominator.dtype).tiny)  # a matrix without gradients stays as it is
-    m.div_(denominator).mul_(-piece.on * hyper.lr * hyper.scale)
+    m.div_(denominator)
+    if hyper.bounded:
+        limit = factors.update_bound(hyper.beta2, hyper.residual_gain)
+        m.clamp_(-limit, limit).masked_fill_(denominator <= eps, 0.0)  # where v is 0
+    m.mul_(-piece.on * hyper.lr * hyper.scale)
     piece.apply(m, 1.0 - piece.on * hyper.lr * hyper.weight_decay, scratch=denominator)
 
 

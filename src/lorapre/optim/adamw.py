@@ -51,6 +51,8 @@ class LoRAPreAdamW(DenseAdamW):
             `lorapre.factors.second_moment_correction`), "paper" by 1 - beta2^t.
         eps_mode: eps of compressed matrices is "relative" to the root of their mean v, so that no step depends on the
             gradient's scale, or "absolute", in the units of the gradient, as in Adam. Dense parameters take Adam's.
+        bounded: no element of a compressed matrix's m / sqrt(v) exceeds max(1, residual_gain) / sqrt(1 - beta2), and
+            where v is 0 (a column that never had a gradient) nothing moves, as under Adam.
         scale: multiplies the update of compressed matrices, not their weight decay; GaLore and the paper use 0.25.
         view_3d: a 3-D weight is a "stack" of matrices, or to be flattened to (out, in * kernel): "flatten".
         state_dtype: dtype of the state; None is the parameter's own, but at least float32.
@@ -82,6 +84,7 @@ class LoRAPreAdamW(DenseAdamW):
         damping_mode: Literal["absolute", "relative"] = "relative",
         bias_correction: Literal["paper", "exact"] = "exact",
         eps_mode: Literal["absolute", "relative"] = "relative",
+        bounded: bool = True,
         scale: float = 1.0,
         view_3d: View3D = "stack",
         state_dtype: torch.dtype | None = None,
@@ -106,6 +109,7 @@ class LoRAPreAdamW(DenseAdamW):
                 "damping_mode": damping_mode,
                 "bias_correction": bias_correction,
                 "eps_mode": eps_mode,
+                "bounded": bounded,
                 "scale": scale,
                 "view_3d": view_3d,
                 "state_dtype": state_dtype,
@@ -165,6 +169,7 @@ class LoRAPreAdamW(DenseAdamW):
                 weight_decay=group["weight_decay"],
                 scale=group["scale"],
                 residual_gain=1.0 - beta1 if gain is None else gain,
+                bounded=group["bounded"],
                 regressor=self._regressor(group),
                 bias_correction=group["bias_correction"],
                 maximize=group["maximize"],
@@ -183,5 +188,6 @@ PAPER_PRESET: Mapping[str, Any] = {
     "bias_correction": "paper",
     "second_moment": "hadamard",
     "eps_mode": "absolute",
+    "bounded": False,
     "scale": 0.25,
 }
