@@ -139,7 +139,7 @@ def test_layers_set_options_one_by_one(tmp_path: Path) -> None:
         ({"second_moment": "rank1"}, lambda p, q, r: (p + q) * r + p + q),
         ({"second_moment": "full"}, lambda p, q, r: (p + q) * r + p * q),
     ],
-    ids=str,
+    ids=["hadamard", "hadamard of rank 2", "hadamard of half", "hadamard of full rank", "rank 1", "full"],
 )
 @pytest.mark.parametrize(("dtype", "width"), [(None, 4), ("float32", 4), ("bfloat16", 2), ("float64", 8)])
 def test_the_formula_knows_the_options_and_is_what_is_held(
