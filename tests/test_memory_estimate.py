@@ -99,6 +99,7 @@ CASES: list[tuple[list[Shape], int, torch.dtype, torch.dtype | None]] = [
     ([(3, *SQUARE)], 32, BF16, None),
     ([SQUARE], 32, BF16, BF16),
     ([SQUARE], 4, F64, None),
+    ([(256, 256)], 1, torch.float32, None),  # all else is small beside what has its size
     ([TALL], 30, torch.float32, BF16),
     ([TALL], 4, BF16, None),
     ([WIDE], 30, torch.float32, None),

@@ -28,16 +28,6 @@ _VANISHING = 1e-20
 INIT_STD = 0.02
 
 
-def first_moment_rate(beta1: float) -> float:
-    """Equation (3): gamma_1 = 1 - beta1^(1/2), the rate of each factor of m."""
-    return float(1.0 - beta1**0.5)
-
-
-def second_moment_rate(beta2: float) -> float:
-    """Equation (3): gamma_2 = 1 - beta2^(1/4), the rate of each factor of sqrt(v)."""
-    return float(1.0 - beta2**0.25)
-
-
 def first_moment_correction(beta1: float, step: Coefficient) -> Coefficient:
     """Equation (6): 1 - beta1^t, the divisor of m_t."""
     correction: Coefficient = 1.0 - beta1**step
@@ -187,7 +177,7 @@ def newton_step(
     number, and the paper's absolute damping of 1e-6 lies below float32's rounding of it, so that a float32
     Cholesky decomposition fails on factors that training does produce.
     """
-    rate = 1.0 - decay**0.5
+    rate = 1.0 - decay**0.5  # equation (3); v's factors come with decay = sqrt(beta2)
     weight = gain / (1.0 - decay)
     B64 = B.double()
     B_gram = B64.mT @ B64  # (n, r, r)
@@ -217,6 +207,16 @@ def residual_weight(gain: float, step: Coefficient) -> Coefficient:
         return gain
     weight: Coefficient = gain / (1.0 - (1.0 - gain) ** step)
     return weight
+
+
+def sum_weights(mu: float, nesterov: bool, residual_gain: float | None) -> tuple[float, float, float]:
+    """``keep``, ``inside`` and ``outside`` of `read_momentum` for a momentum that is a sum, M_t = mu M + G.
+
+    Nesterov's look ahead is G + mu M_t. A constant gradient gathers 1 / (1 - mu) inside the subspace, of which the
+    residual has the share ``residual_gain``; None gives it the weight of a single gradient, as the paper does.
+    """
+    keep, inside = (mu * mu, 1.0 + mu) if nesterov else (mu, 1.0)
+    return keep, inside, inside if residual_gain is None else residual_gain / (1.0 - mu)
 
 
 def read_momentum(

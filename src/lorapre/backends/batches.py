@@ -26,6 +26,7 @@ class Bucket:
         grads: their gradients, read only.
         state: lists of state tensors by their key.
         step: number t of this step, from 1: a float, or a tensor with one entry a parameter.
+        maximize: ascend.
         enabled: a 0-d bool tensor on the device; where False, nothing changes (the gradients are not finite).
     """
 
@@ -34,6 +35,7 @@ class Bucket:
     grads: list[Tensor]
     state: dict[str, list[Tensor]]
     step: Coefficient
+    maximize: bool
     enabled: Tensor | None = None
 
     def pieces(self) -> Iterator[Piece]:
@@ -45,14 +47,18 @@ class Bucket:
             if isinstance(step, Tensor):  # one coefficient a matrix, to broadcast over its rows and columns
                 step = step[part].repeat_interleave(self.view.batch)[:, None, None]
             state = {key: tensors[part] for key, tensors in self.state.items()}
-            yield Piece(self.view, self.params[part], self.grads[part], state, step, self.enabled)
+            piece = Piece(self.view, self.params[part], self.grads[part], state, step, self.enabled)
+            if self.maximize:
+                piece.G.neg_()
+            yield piece
+            del piece  # before the next one takes its memory
 
 
 class Piece:
     """Part of a bucket that is updated at once, in a dtype wide enough for weights and state.
 
     Attributes:
-        G: gradients (n, p, q), a copy; zeros where the step is not enabled.
+        G: gradients (n, p, q) to descend along, a copy; zeros where the step is not enabled.
         step: number of this step, a float or a tensor (n, 1, 1).
         on: 1.0, or ``enabled`` as a number.
         enabled: as in `Bucket`.

@@ -27,7 +27,6 @@ class AdamHyperparameters:
     bounded: bool
     regressor: Regressor
     bias_correction: BiasCorrection
-    maximize: bool
 
 
 def lorapre_adamw(bucket: Bucket, hyper: AdamHyperparameters) -> None:
@@ -41,8 +40,6 @@ def lorapre_adamw(bucket: Bucket, hyper: AdamHyperparameters) -> None:
 
 
 def _adamw_piece(piece: Piece, hyper: AdamHyperparameters) -> None:
-    if hyper.maximize:
-        piece.G.neg_()
     m = _first_moment(piece, hyper)  # (n, p, q), bias-corrected
     v_hat = _second_moment(piece, hyper)  # (n, p, q)
     eps: Coefficient = hyper.eps

@@ -35,7 +35,6 @@ class MuonHyperparameters:
     shape_scale: ShapeScale
     weight_decay: float
     scale: float
-    maximize: bool
 
 
 def shape_factor(kind: ShapeScale, p: int, q: int) -> float:
@@ -51,23 +50,14 @@ def lorapre_muon(bucket: Bucket, hyper: MuonHyperparameters) -> None:
 
 
 def _muon_piece(piece: Piece, hyper: MuonHyperparameters, factor: float) -> None:
-    if hyper.maximize:
-        piece.G.neg_()
     direction = _whole if hyper.orthogonalization == "newton_schulz" else _through_the_factors
     update = direction(piece, hyper).mul_(-piece.on * hyper.lr * factor)
     piece.apply(update, 1.0 - piece.on * hyper.lr * hyper.weight_decay)
 
 
-def _coefficients(hyper: MuonHyperparameters) -> tuple[float, float]:
-    """Weights of the old momentum and of the gradient: a sum, or Nesterov's look ahead G + mu (mu M + G)."""
-    mu = hyper.mu
-    return (mu * mu, 1.0 + mu) if hyper.nesterov else (mu, 1.0)
-
-
 def _whole(piece: Piece, hyper: MuonHyperparameters) -> Tensor:
     """Equations (8) and (10): Newton-Schulz on the momentum with its residual, p x q as it is."""
-    keep, inside = _coefficients(hyper)
-    outside = inside if hyper.residual_gain is None else hyper.residual_gain / (1.0 - hyper.mu)
+    keep, inside, outside = factors.sum_weights(hyper.mu, hyper.nesterov, hyper.residual_gain)
     m = momentum(piece, hyper.regressor, keep=keep, inside=inside, outside=outside, decay=hyper.mu, gain=1.0)
     return newton_schulz(m, hyper.ns_steps, hyper.ns_dtype)
 
@@ -79,7 +69,7 @@ def _through_the_factors(piece: Piece, hyper: MuonHyperparameters) -> Tensor:
     times A. The rest, G - P(G), takes Adam's treatment without momentum: divided by the root of its own rank-1 second
     moment, it has elements of mean square 1, hence singular values around sqrt(max(p, q)), and is scaled to 1.
     """
-    keep, inside = _coefficients(hyper)
+    keep, inside, _ = factors.sum_weights(hyper.mu, hyper.nesterov, hyper.residual_gain)
     B, A, G = piece["m_B"], piece["m_A"], piece.G
     left = hyper.regressor.project(A, G)
     head = newton_schulz(B * keep + left * inside, hyper.ns_steps, hyper.ns_dtype)  # (n, p, r)

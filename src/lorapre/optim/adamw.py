@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from lorapre.backends import eager
 from lorapre.backends.batches import Bucket
 from lorapre.factors import Regression
-from lorapre.optim.base import Group
+from lorapre.optim.base import Group, keywords
 from lorapre.optim.checks import check_betas, check_choice
 from lorapre.optim.dense import DenseAdamW
 from lorapre.routing import MatrixView, View3D, check_rank, with_rank
@@ -93,32 +93,7 @@ class LoRAPreAdamW(DenseAdamW):
         capturable: bool = False,
         nonfinite: Literal["raise", "skip"] | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "rank": rank,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "regression": regression,
-                "second_moment": second_moment,
-                "second_moment_rank": second_moment_rank,
-                "residual_gain": residual_gain,
-                "damping": damping,
-                "damping_mode": damping_mode,
-                "bias_correction": bias_correction,
-                "eps_mode": eps_mode,
-                "bounded": bounded,
-                "scale": scale,
-                "view_3d": view_3d,
-                "state_dtype": state_dtype,
-                "seed": seed,
-                "maximize": maximize,
-                "capturable": capturable,
-                "nonfinite": nonfinite,
-            },
-        )
+        super().__init__(params, keywords(locals()))
 
     @classmethod
     def paper(
@@ -172,7 +147,6 @@ class LoRAPreAdamW(DenseAdamW):
                 bounded=group["bounded"],
                 regressor=self._regressor(group),
                 bias_correction=group["bias_correction"],
-                maximize=group["maximize"],
             ),
         )
 

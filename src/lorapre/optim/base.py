@@ -42,6 +42,11 @@ def _protect_state(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     return {**state_dict, "state": protected}
 
 
+def keywords(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The defaults of an optimizer: every option by its name, from its constructor's untouched ``locals()``."""
+    return {name: value for name, value in arguments.items() if name not in ("self", "params", "__class__")}
+
+
 class FactoredOptimizer(Optimizer):
     """Base of the optimizers whose momenta are factored. Subclasses say what the state of a parameter is.
 
@@ -283,6 +288,7 @@ class FactoredOptimizer(Optimizer):
                 grads=[cast(Tensor, param.grad) for param in params],
                 state={key: [state[key] for state in states] for key in states[0] if key != "step"},
                 step=torch.stack(steps) + 1 if count is None else count + 1.0,
+                maximize=group["maximize"],
                 enabled=None if mask is None else mask.to(params[0].device),
             )
             self._step_bucket(bucket, group)

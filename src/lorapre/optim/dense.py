@@ -24,8 +24,6 @@ class DenseAdamW(FactoredOptimizer):
 
     def _step_dense(self, params: list[Tensor], group: Group, mask: Tensor | None) -> None:
         """torch's own AdamW; weights narrower than their state are updated through a wide copy."""
-        if not params:
-            return
         states = [self.state[param] for param in params]
         grads = [cast(Tensor, param.grad) for param in params]
         averages = [state["exp_avg"] for state in states]

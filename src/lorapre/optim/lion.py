@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from lorapre.backends.batches import Piece
 from lorapre.backends.eager import momentum
 from lorapre.factors import Coefficient, Regression
-from lorapre.optim.base import Group
+from lorapre.optim.base import Group, keywords
 from lorapre.optim.checks import check_betas
 from lorapre.optim.momentum import MomentumOptimizer
 from lorapre.routing import View3D
@@ -66,25 +66,7 @@ class LoRAPreLion(MomentumOptimizer):
         capturable: bool = False,
         nonfinite: Literal["raise", "skip"] | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "rank": rank,
-                "betas": betas,
-                "weight_decay": weight_decay,
-                "regression": regression,
-                "residual_gain": residual_gain,
-                "damping": damping,
-                "damping_mode": damping_mode,
-                "view_3d": view_3d,
-                "state_dtype": state_dtype,
-                "seed": seed,
-                "maximize": maximize,
-                "capturable": capturable,
-                "nonfinite": nonfinite,
-            },
-        )
+        super().__init__(params, keywords(locals()))
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)

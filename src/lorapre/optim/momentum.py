@@ -28,8 +28,6 @@ class MomentumOptimizer(FactoredOptimizer):
     def _step_bucket(self, bucket: Bucket, group: Group) -> None:
         lr = self._lr(group, bucket.params[0].device)
         for piece in bucket.pieces():
-            if group["maximize"]:
-                piece.G.neg_()
             self._step_piece(piece, group, lr)
 
     def _step_dense(self, params: list[Tensor], group: Group, mask: Tensor | None) -> None:

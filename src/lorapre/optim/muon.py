@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager_muon import MuonHyperparameters, Orthogonalization, ShapeScale, lorapre_muon
 from lorapre.factors import Regression
-from lorapre.optim.base import Group
+from lorapre.optim.base import Group, keywords
 from lorapre.optim.checks import check_betas, check_choice, check_momentum
 from lorapre.optim.dense import DenseAdamW
 from lorapre.routing import MatrixView, View3D
@@ -92,33 +92,7 @@ class LoRAPreMuon(DenseAdamW):
         capturable: bool = False,
         nonfinite: Literal["raise", "skip"] | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "rank": rank,
-                "momentum": momentum,
-                "nesterov": nesterov,
-                "weight_decay": weight_decay,
-                "betas": betas,
-                "eps": eps,
-                "regression": regression,
-                "residual_gain": residual_gain,
-                "orthogonalization": orthogonalization,
-                "ns_steps": ns_steps,
-                "ns_dtype": ns_dtype,
-                "adjust_lr_fn": adjust_lr_fn,
-                "damping": damping,
-                "damping_mode": damping_mode,
-                "scale": scale,
-                "view_3d": view_3d,
-                "state_dtype": state_dtype,
-                "seed": seed,
-                "maximize": maximize,
-                "capturable": capturable,
-                "nonfinite": nonfinite,
-            },
-        )
+        super().__init__(params, keywords(locals()))
 
     @classmethod
     def paper(
@@ -177,7 +151,6 @@ class LoRAPreMuon(DenseAdamW):
                 shape_scale=group["adjust_lr_fn"],
                 weight_decay=group["weight_decay"],
                 scale=group["scale"],
-                maximize=group["maximize"],
             ),
         )
 

@@ -10,8 +10,8 @@ from torch.optim.optimizer import ParamsT
 
 from lorapre.backends.batches import Piece
 from lorapre.backends.eager import momentum
-from lorapre.factors import Coefficient, Regression
-from lorapre.optim.base import Group
+from lorapre.factors import Coefficient, Regression, sum_weights
+from lorapre.optim.base import Group, keywords
 from lorapre.optim.checks import check_momentum
 from lorapre.optim.momentum import MomentumOptimizer
 from lorapre.routing import View3D
@@ -68,34 +68,14 @@ class LoRAPreSGD(MomentumOptimizer):
         capturable: bool = False,
         nonfinite: Literal["raise", "skip"] | None = None,
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "rank": rank,
-                "momentum": momentum,
-                "nesterov": nesterov,
-                "weight_decay": weight_decay,
-                "regression": regression,
-                "residual_gain": residual_gain,
-                "damping": damping,
-                "damping_mode": damping_mode,
-                "view_3d": view_3d,
-                "state_dtype": state_dtype,
-                "seed": seed,
-                "maximize": maximize,
-                "capturable": capturable,
-                "nonfinite": nonfinite,
-            },
-        )
+        super().__init__(params, keywords(locals()))
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
         check_momentum(group["momentum"])
 
     def _step_piece(self, piece: Piece, group: Group, lr: Coefficient) -> None:
-        mu, gain = group["momentum"], group["residual_gain"]
-        keep, inside = (mu * mu, 1.0 + mu) if group["nesterov"] else (mu, 1.0)
-        outside = inside if gain is None else gain / (1.0 - mu)
+        mu = group["momentum"]
+        keep, inside, outside = sum_weights(mu, group["nesterov"], group["residual_gain"])
         m = momentum(piece, self._regressor(group), keep=keep, inside=inside, outside=outside, decay=mu, gain=1.0)
         piece.apply(m.mul_(-piece.on * lr), 1.0 - piece.on * lr * group["weight_decay"])
