@@ -34,6 +34,7 @@ PAPER_MUON = {
     "weight_decay": 0.0,
     "adjust_lr_fn": "original",
     "orthogonalization": "newton_schulz",
+    "normalization": "none",
 }
 
 
@@ -74,6 +75,7 @@ MUON_PAPER = Kind("muon-paper", LoRAPreMuon, PAPER_MUON)
 MUON_FACTORS = Kind(
     "muon-factors", LoRAPreMuon, {"orthogonalization": "factors", "regression": "subspace", "residual_gain": 0.5}
 )
+MUON_ROWS = Kind("muon-rows", LoRAPreMuon, {"normalization": "rows"})
 TANGENT = Kind("adamw-tangent", LoRAPreAdamW, {"regression": "tangent", "second_moment": "rank1"})
 #: The defaults, both algorithms of the paper, and every second moment.
 KINDS = (
@@ -81,6 +83,7 @@ KINDS = (
     PAPER,
     MUON_PAPER,
     MUON_FACTORS,
+    MUON_ROWS,
     Kind("adamw-full", LoRAPreAdamW, {"second_moment": "full"}),
     TANGENT,
 )

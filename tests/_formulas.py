@@ -60,6 +60,7 @@ class MomentumRun:
         self.t = int(state["step"])
         if "v_row" in state:
             self.v_row, self.v_col = list(self._wide(state["v_row"], view.p)), list(self._wide(state["v_col"], view.q))
+        self.u = [torch.zeros((), dtype=torch.float64)] * view.batch
 
     def _wide(self, tensor: Tensor, *shape: int) -> Tensor:
         return tensor.detach().cpu().double().reshape(self.view.batch, *shape).clone()
@@ -70,6 +71,8 @@ class MomentumRun:
         lr, keep_weight = float(group["lr"]), 1 - float(group["lr"]) * group["weight_decay"]
         for i, G in enumerate(self._wide(grad, self.view.p, self.view.q)):
             direction = self._direction(i, -G if group["maximize"] else G)
+            if group.get("normalization", "none") != "none":
+                direction = self._normalized(i, direction)
             self.W[i] = keep_weight * self.W[i] - lr * direction
 
     def _direction(self, i: int, G: Tensor) -> Tensor:
@@ -116,6 +119,15 @@ class MomentumRun:
         self._advance(i, G, decay=mu, gain=1.0)
         noise = torch.where(v > 0, rest / v.sqrt(), 0.0)
         return self._size(G) * (head + group["residual_gain"] / math.sqrt(max(G.shape)) * noise)
+
+    def _normalized(self, i: int, O: Tensor) -> Tensor:  # noqa: E741  (the paper's name)
+        """NorMuon, Algorithm 1: O over the root of the average of its rows' mean squares, at O's Frobenius norm."""
+        p, q = O.shape
+        side = 1 if self.group["normalization"] == "rows" or p >= q else 0
+        beta2 = self.group["betas"][1]
+        self.u[i] = beta2 * self.u[i] + (1 - beta2) * (O**2).mean(dim=side, keepdim=True)
+        even = torch.where(self.u[i] > 0, O / self.u[i].sqrt(), 0.0)
+        return even * O.norm() / even.norm() if O.any() else O
 
     def _tracked(self, A: Tensor, G: Tensor) -> Tensor:
         """P(G): the part of the gradient in the row space of the factors."""

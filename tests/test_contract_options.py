@@ -121,6 +121,7 @@ def test_parameters_that_would_be_trained_wrongly_are_refused_with_the_remedy(
         ({"ns_dtype": torch.int8}, "ns_dtype: torch.int8"),
         ({"ns_dtype": "bfloat16"}, "ns_dtype: 'bfloat16'"),
         ({"orthogonalization": "svd"}, "orthogonalization: 'svd'.*'newton_schulz', 'factors'"),
+        ({"normalization": "columns"}, "normalization: 'columns'.*'none', 'rows', 'longer_side'"),
         ({"orthogonalization": "factors", "residual_gain": None}, "residual_gain=None.*orthogonalization='factors'"),
         (
             {"orthogonalization": "factors", "residual_gain": 1.0, "regression": "newton"},
@@ -228,6 +229,7 @@ OWN: dict[Kind, dict[str, Any]] = {
         "ns_dtype": torch.float32,
         "adjust_lr_fn": "original",
         "orthogonalization": "newton_schulz",
+        "normalization": "longer_side",
         "scale": 0.5,
     },
     SGD: {"momentum": 0.5, "nesterov": True},

@@ -88,6 +88,7 @@ OPTIONS: list[tuple[Any, dict[str, Any]]] = [
     *((LoRAPreMuon, {"regression": r, "orthogonalization": "newton_schulz"}) for r in ("subspace", "newton")),
     (LoRAPreMuon, {"regression": "subspace", "orthogonalization": "newton_schulz", "ns_dtype": BF16}),
     (LoRAPreMuon, {"regression": "subspace", "orthogonalization": "factors", "residual_gain": 1.0}),
+    (LoRAPreMuon, {"orthogonalization": "newton_schulz", "normalization": "longer_side"}),
     *((LoRAPreSGD, {"regression": r}) for r in ("subspace", "tangent", "newton")),
     (LoRAPreSGD, {"regression": "subspace", "capturable": True}),
     (LoRAPreLion, {"regression": "subspace"}),

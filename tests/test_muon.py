@@ -172,6 +172,14 @@ FORMS: dict[str, dict[str, Any]] = {
     "no residual": {"nesterov": True, "residual_gain": 0.0},
     "through the factors": {"nesterov": True, "residual_gain": 0.5, "orthogonalization": "factors"},
     "through the factors, no Nesterov": {"nesterov": False, "residual_gain": 1.0, "orthogonalization": "factors"},
+    "even rows": {"nesterov": True, "residual_gain": 1.0, "normalization": "rows", "betas": (0.9, 0.8)},
+    "even along the longer side": {"nesterov": True, "residual_gain": 1.0, "normalization": "longer_side"},
+    "even rows through the factors": {
+        "nesterov": True,
+        "residual_gain": 0.5,
+        "orthogonalization": "factors",
+        "normalization": "rows",
+    },
     "Newton's with Nesterov and a gain": {"regression": "newton", "nesterov": True, "residual_gain": 0.3},
 }
 
@@ -254,6 +262,29 @@ def test_the_rms_of_an_update_is_adamws_where_that_is_asked_for(device: torch.de
             optimizer.step()
         # 0.2 to 0.4 is what AdamW's updates have in training (arXiv 2502.16982)
         assert 0.12 < (param.detach() - before).square().mean().sqrt() < 0.25
+
+
+def test_even_rows_have_one_length_in_the_long_run_and_leave_a_row_without_gradient_alone(device: torch.device) -> None:
+    shape = (40, 12)
+    sizes = torch.logspace(-3, 0, 40, dtype=torch.float64)[:, None]
+    sizes[7] = 0
+    lengths = {}
+    for normalization in ("none", "rows"):
+        param = make_params([shape], torch.float32, device)[0]
+        optimizer = LoRAPreMuon([param], lr=1.0, rank=4, weight_decay=0.0, normalization=normalization)
+        moved = []
+        for step in range(60):
+            before = param.detach().clone()
+            param.grad = (sizes * random_matrix(*shape, seed=step)).to(param)
+            optimizer.step()
+            moved.append((param.detach() - before).cpu().double())
+        assert not any(update[7].any() for update in moved)
+        rows = torch.stack(moved[30:]).square().mean(dim=(0, 2)).sqrt()
+        lengths[normalization] = rows[torch.arange(40) != 7]
+        # what all rows have together is the same
+        assert rows.square().mean().sqrt() == pytest.approx(0.2, rel=0.15)
+    assert lengths["none"].max() > 100 * lengths["none"].min()
+    assert lengths["rows"].max() < 1.5 * lengths["rows"].min()
 
 
 def test_dense_parameters_take_torchs_adamw_beside_the_matrices(device: torch.device) -> None:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 ADAM_RATES = (5e-4, 1e-3, 2e-3)
 MUON_RATES = (2.5e-3, 5e-3)
+#: After a contestant's name: from the end of the warm-up on, its residual gain falls with the learning rate.
+DECAYING = " decaying"
 FACTORS = "+orthogonalization=factors"
+LONGER = "+normalization=longer_side"
 
 
 def _adam(gain: float | None, rank: str, more: str = "") -> str:
@@ -116,11 +119,64 @@ MAIN = Profile(
     confirmed=("adamw", "muon", _adam(1.0, "1/4"), _muon(1.0, "1/4"), _muon(1.0, "1/32")),
 )  # fmt: skip
 
+#: Many variants at a quarter of the length and half of the batch: which of them are worth full runs.
+VARIANTS = Profile(
+    model="llama-20m",
+    tokens=12_500_000,
+    rates={
+        "muon": MUON_RATES,
+        _muon(2.0, "1/4", "+momentum=0.9"): MUON_RATES,
+        _muon(1.0, "1/4"): MUON_RATES,
+        _muon(2.0, "1/4", "+momentum=0.9" + LONGER): MUON_RATES,
+        _muon(1.0, "1/4", "+momentum=0.9"): MUON_RATES,
+        _muon(1.0, "255", "+momentum=0.9"): (5e-3,),
+        _muon(1.0, "255", "+momentum=0.9" + LONGER): (5e-3,),
+        _muon(2.0, "1/4", "+momentum=0.9+normalization=rows"): MUON_RATES,
+        _muon(4.0, "1/4", "+momentum=0.9"): MUON_RATES,
+        _muon(2.0, "1/4", "+momentum=0.85"): MUON_RATES,
+        _muon(2.0, "1/4", "+momentum=0.9") + DECAYING: MUON_RATES,
+        _muon(2.0, "1/32", "+momentum=0.9"): MUON_RATES,
+        _muon(2.0, "1/32", "+momentum=0.9" + LONGER): MUON_RATES,
+        "adamw": ADAM_RATES[:2],
+        _adam(1.0, "1/32"): ADAM_RATES[:2],
+        _adam(1.0, "1/32") + DECAYING: ADAM_RATES[:2],
+        _adam(2.0, "1/32") + DECAYING: ADAM_RATES[:2],
+        _adam(2.0, "1/32"): ADAM_RATES[:2],
+        _adam(0.3, "1/32"): ADAM_RATES[:2],
+        _adam(None, "1/32"): ADAM_RATES[:2],
+        _adam(1.0, "1/4"): ADAM_RATES[:2],
+        _adam(1.0, "1/4") + DECAYING: ADAM_RATES[:2],
+        "adam-beta1-0": ADAM_RATES[:2],
+        _muon(None, "1/4"): MUON_RATES,
+        _muon(0.3, "1/4"): MUON_RATES,
+        _muon(2.0, "1/4"): MUON_RATES,
+        _muon(4.0, "1/4"): MUON_RATES,
+        _muon(1.0, "1/4", FACTORS): MUON_RATES,
+        _muon(1.0, "1/4", FACTORS + LONGER): MUON_RATES,
+        _muon(1.0, "1/32", FACTORS): MUON_RATES,
+        _adam(4.0, "1/32"): ADAM_RATES[:2],
+        _adam(None, "1/4"): ADAM_RATES[:2],
+        _adam(2.0, "1/4"): ADAM_RATES[:2],
+        _adam(1.0, "1"): ADAM_RATES[:2],
+        _adam(1.0, "2"): ADAM_RATES[:2],
+        _adam(1.0, "128"): ADAM_RATES[:2],
+        _adam(1.0, "1/32", "+second_moment=full"): ADAM_RATES[:2],
+        _adam(1.0, "1/32", "+second_moment=hadamard"): ADAM_RATES[:2],
+        _adam(1.0, "1/32", "+regression=tangent"): ADAM_RATES[:2],
+        _adam(1.0, "1/32", "+state_dtype=bfloat16"): ADAM_RATES[:2],
+        "lorapre-adamw-paper@1/32": (2.5e-4, 5e-4),
+        "lorapre-muon-paper@1/4": (1e-2, 2e-2),
+        _muon(2.0, "1", "+momentum=0.9"): MUON_RATES,
+    },
+    batch_size=64,
+    validations=4,
+)  # fmt: skip
+
 #: For a machine without a GPU, to try the script itself.
 TINY = Profile(
     model="llama-1m",
     tokens=20_480,
-    rates={"adamw": (1e-3, 2e-3), _adam(1.0, "1/4"): (5e-4, 1e-3), _muon(1.0, "1/4", FACTORS): (5e-3,)},
+    rates={"adamw": (1e-3, 2e-3), _adam(1.0, "1/4") + DECAYING: (5e-4, 1e-3), _muon(1.0, "1/4", FACTORS): (5e-3,)},
     finalists=("adamw",),
     seeds=(0, 1),
     long=("adamw",),
@@ -131,4 +187,4 @@ TINY = Profile(
     tokenizer="bpe:512",
 )
 
-PROFILES: Mapping[str, Profile] = {"main": MAIN, "tiny": TINY}
+PROFILES: Mapping[str, Profile] = {"main": MAIN, "variants": VARIANTS, "tiny": TINY}

@@ -11,8 +11,8 @@ from study.profiles import Profile
 from study.rows import Best, Rows
 
 KEPT = (
-    "model", "tokens", "stage", "contestant", "optimizer", "settings", "rank", "d", "lr", "seed", "batch_size",
-    "sequence_length", "valid_tokens", "dense_lr", "loss", "state_bytes", "update_rms_5", "update_max_5",
+    "model", "tokens", "stage", "contestant", "optimizer", "options", "settings", "rank", "d", "lr", "seed",
+    "batch_size", "sequence_length", "valid_tokens", "dense_lr", "loss", "state_bytes", "update_rms_5", "update_max_5",
     "largest_rise", "hardware", "date", "versions",
 )  # fmt: skip
 

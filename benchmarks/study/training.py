@@ -26,7 +26,7 @@ from lorapre.lab.optimizers import find_optimizer, matrix_parameters
 from lorapre.lab.optimizers.measure import state_bytes
 from lorapre.lab.optimizers.options import defaults
 from study.plan import Run
-from study.profiles import Profile
+from study.profiles import DECAYING, Profile
 from study.protocol import all_blocks, batches, make_scheduler, next_token_loss, padded
 
 #: Whose update is measured, when factors and moments are young.
@@ -81,12 +81,14 @@ class Trainer:
         kind, keywords = entry.build(model.module, config, run.lr, self._profile.dense_lr)
         optimizer = kind(**keywords)
         prepared = time.monotonic()
-        result = self._steps(model, optimizer, config, run.lr)
+        decaying = run.contestant.endswith(DECAYING)
+        result = self._steps(model, optimizer, config, run.lr, decaying=decaying)
+        options = dict(contestant.options) | ({"residual_gain_follows": "lr"} if decaying else {})
         return {
             **asdict(run),
             "optimizer": contestant.optimizer,
-            "options": dict(contestant.options),
-            "settings": {**defaults(entry.options), **contestant.options},
+            "options": options,
+            "settings": {**defaults(entry.options), **options},
             "rank": contestant.rank,
             "d": model.module.config.hidden_size,
             **self._profile.protocol,
@@ -109,10 +111,13 @@ class Trainer:
             seed=run.seed,
         )
 
-    def _steps(self, model: _Model, optimizer: torch.optim.Optimizer, config: PretrainConfig, lr: float) -> Any:
+    def _steps(
+        self, model: _Model, optimizer: torch.optim.Optimizer, config: PretrainConfig, lr: float, *, decaying: bool
+    ) -> Any:
         steps, parameters = config.total_steps, list(model.module.parameters())
         scheduler = make_scheduler(optimizer, config, lr)
         share = scheduler.lr_lambdas[0]
+        gains = [group["residual_gain"] for group in optimizer.param_groups] if decaying else []
         matrices = matrix_parameters(model.module)
         losses = torch.zeros(steps, device=self._device)
         interval = max(1, steps // self._profile.validations)
@@ -127,6 +132,9 @@ class Trainer:
             losses[step] = loss.detach()
             nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             before = [weight.detach().clone() for weight in matrices] if step + 1 == EARLY_STEP else None
+            if share(step) < share(step - 1):  # never in the warm-up
+                for group, gain in zip(optimizer.param_groups, gains, strict=False):
+                    group["residual_gain"] = gain * share(step)
             try:
                 optimizer.step()
             except NonFiniteGradientError:
@@ -219,8 +227,8 @@ def largest_rise(losses: Tensor) -> float | None:
 
 
 def parse(contestant: str, model: nn.Module) -> Contestant:
-    """A contestant as ``lorapre compare`` writes it."""
-    return parse_contestants([contestant], 0.25, model)[0]
+    """A contestant as ``lorapre compare`` writes it, `DECAYING` or not."""
+    return parse_contestants([contestant.removesuffix(DECAYING)], 0.25, model)[0]
 
 
 def load(folder: Path, profile: Profile) -> TextCorpus:

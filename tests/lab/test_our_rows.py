@@ -87,6 +87,15 @@ def test_muon_through_the_factors_holds_a_row_and_a_column_more(orthogonalizatio
     assert state_bytes(optimizer) == expected == OPTIMIZERS["lorapre-muon"].formula(given)(9, 30, RANK)
 
 
+@pytest.mark.parametrize(("normalization", "more"), [("rows", 9), ("longer_side", 30)])
+def test_muons_even_rows_or_columns_cost_a_number_each(normalization: str, more: int) -> None:
+    body = nn.Sequential(nn.Linear(30, 9, bias=False))
+    given = {"orthogonalization": "newton_schulz", "normalization": normalization}
+    optimizer = built("lorapre-muon", body, **given)
+    expected = 4 * (39 * RANK + more) + 4
+    assert state_bytes(optimizer) == expected == OPTIMIZERS["lorapre-muon"].formula(given)(9, 30, RANK)
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_a_model_holds_the_sum_also_over_matrices_that_are_not_above_the_rank(name: str) -> None:
     body = nn.Sequential(nn.Linear(30, 9, bias=False), nn.Linear(9, 24, bias=False), nn.Linear(24, 3, bias=False))

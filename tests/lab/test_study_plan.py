@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from study.plan import MOST_RATES, Key, Run, search, wanted
 from study.pool import Ending, Pool
-from study.profiles import PROFILES, Profile
+from study.profiles import DECAYING, PROFILES, Profile
 from study.rows import Rows
 
 SMALL = Profile(
@@ -201,7 +201,8 @@ def test_every_contestant_of_the_profiles_is_one_that_the_registry_takes() -> No
 
     for profile in PROFILES.values():
         model = resolve_model(profile.model).build(0, device="meta")
-        assert len({parse(contestant, model).key for contestant in profile.rates}) == len(profile.rates)
+        told = {(parse(contestant, model).key, contestant.endswith(DECAYING)) for contestant in profile.rates}
+        assert len(told) == len(profile.rates)
 
 
 def row(lr: float, loss: float | None, **more: Any) -> dict[str, Any]:

@@ -17,11 +17,15 @@ from lorapre.orthogonal import newton_schulz
 
 ShapeScale: TypeAlias = Literal["original", "match_rms_adamw"]
 Orthogonalization: TypeAlias = Literal["newton_schulz", "factors"]
+Normalization: TypeAlias = Literal["none", "rows", "longer_side"]
 
 
 @dataclass(frozen=True)
 class MuonHyperparameters:
-    """What all matrices of a bucket share. ``lr`` may be a 0-d tensor on their device."""
+    """What all matrices of a bucket share. ``lr`` may be a 0-d tensor on their device.
+
+    Whether updates are normalised, and along which side, their state says: it then has ``u_row`` or ``u_col``.
+    """
 
     lr: Coefficient
     mu: float
@@ -51,7 +55,11 @@ def lorapre_muon(bucket: Bucket, hyper: MuonHyperparameters) -> None:
 
 def _muon_piece(piece: Piece, hyper: MuonHyperparameters, factor: float) -> None:
     direction = _whole if hyper.orthogonalization == "newton_schulz" else _through_the_factors
-    update = direction(piece, hyper).mul_(-piece.on * hyper.lr * factor)
+    update = direction(piece, hyper)
+    for key, side in (("u_row", -1), ("u_col", -2)):
+        if key in piece:
+            _normalize(update, piece, key, side, hyper.beta2)
+    update.mul_(-piece.on * hyper.lr * factor)
     piece.apply(update, 1.0 - piece.on * hyper.lr * hyper.weight_decay)
 
 
@@ -82,3 +90,17 @@ def _through_the_factors(piece: Piece, hyper: MuonHyperparameters) -> Tensor:
     assert hyper.residual_gain is not None
     weight = hyper.residual_gain / max(G.shape[-2:]) ** 0.5
     return torch.baddbmm(rest, head, A, beta=weight)
+
+
+def _normalize(update: Tensor, piece: Piece, key: str, side: int, beta2: float) -> None:
+    """NorMuon (arXiv 2510.05491): each row, or column, by the root of its average mean square, in place.
+
+    An orthogonal matrix has rows of one length only along its shorter side: the rows of a tall one, the neurons, may
+    differ by orders of magnitude. The whole keeps the norm that it had, so that no other rate fits.
+    """
+    tiny = torch.finfo(update.dtype).tiny
+    norm = torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True)
+    now = torch.linalg.vector_norm(update, dim=side, keepdim=True).square_() / update.shape[side]
+    piece[key] = average = torch.lerp(piece[key], now, piece.on * (1.0 - beta2))
+    update.div_(average.sqrt_().clamp_(min=tiny))
+    update.mul_(norm / torch.linalg.vector_norm(update, dim=(-2, -1), keepdim=True).clamp_(min=tiny))

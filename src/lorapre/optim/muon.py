@@ -10,7 +10,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lorapre.backends.batches import Bucket
-from lorapre.backends.eager_muon import MuonHyperparameters, Orthogonalization, ShapeScale, lorapre_muon
+from lorapre.backends.eager_muon import (
+    MuonHyperparameters,
+    Normalization,
+    Orthogonalization,
+    ShapeScale,
+    lorapre_muon,
+)
 from lorapre.factors import Regression
 from lorapre.optim.base import Group, keywords
 from lorapre.optim.checks import check_betas, check_choice, check_momentum
@@ -34,7 +40,8 @@ class LoRAPreMuon(DenseAdamW):
         momentum: decay mu of the momentum, which is a sum, not an average.
         nesterov: look one step ahead, G + mu m_t.
         weight_decay: decoupled, as in AdamW.
-        betas: decay rates of AdamW's moments; the second one also of "factors"' second moment.
+        betas: decay rates of AdamW's moments; the second one also of "factors"' second moment and of
+            ``normalization``'s averages.
         eps: added to sqrt(v) by AdamW.
         regression: how the factors follow the momentum: "subspace", "tangent" (one read of the gradient) or
             "newton", the paper's.
@@ -44,6 +51,9 @@ class LoRAPreMuon(DenseAdamW):
         orthogonalization: "newton_schulz" iterates on the whole p x q momentum; "factors" on the p x r factor alone,
             and divides the gradient's part outside the subspace by the root of its rank-1 second moment instead (p + q
             numbers more of state): no product of p x q by p x q at all.
+        normalization: "rows" divides each row of the orthogonal update by the root of its average mean square, as
+            NorMuon does (arXiv 2510.05491), "longer_side" the columns of wide matrices instead, whose rows are alike
+            already; both keep the update's norm and cost a number a row or column of state.
         ns_steps: Newton-Schulz iterations.
         ns_dtype: dtype of the iteration; None is bfloat16 on a GPU, as in torch.optim.Muon, and the weights' own
             (at least float32) on the CPU, where bfloat16 is slower.
@@ -79,6 +89,7 @@ class LoRAPreMuon(DenseAdamW):
         regression: Regression = "subspace",
         residual_gain: float | None = 1.0,
         orthogonalization: Orthogonalization = "newton_schulz",
+        normalization: Normalization = "none",
         ns_steps: int = 5,
         ns_dtype: torch.dtype | None = None,
         adjust_lr_fn: ShapeScale = "match_rms_adamw",
@@ -107,6 +118,7 @@ class LoRAPreMuon(DenseAdamW):
         check_momentum(group["momentum"])
         check_choice("adjust_lr_fn", group["adjust_lr_fn"], ("original", "match_rms_adamw"))
         check_choice("orthogonalization", group["orthogonalization"], ("newton_schulz", "factors"))
+        check_choice("normalization", group["normalization"], ("none", "rows", "longer_side"))
         if group["orthogonalization"] == "factors":
             if group["residual_gain"] is None:
                 raise ValueError(
@@ -129,6 +141,11 @@ class LoRAPreMuon(DenseAdamW):
         state = {"step": self._new_step(param, group), **self._init_momentum(param, view, group, key, "m")}
         if group["orthogonalization"] == "factors":
             state |= self._init_means(param, view, group)
+        if group["normalization"] != "none":
+            by_row = group["normalization"] == "rows" or view.p >= view.q
+            key, size = ("u_row", view.p) if by_row else ("u_col", view.q)
+            shape = (*view.left_shape[:-2], size)
+            state[key] = torch.zeros(shape, dtype=self._state_dtype(param, group), device=param.device)
         return state
 
     def _step_bucket(self, bucket: Bucket, group: Group) -> None:
@@ -163,6 +180,7 @@ PAPER_PRESET: Mapping[str, Any] = {
     "regression": "newton",
     "residual_gain": None,
     "orthogonalization": "newton_schulz",
+    "normalization": "none",
     "scale": 1.0,
     "damping": 1e-6,
     "damping_mode": "absolute",

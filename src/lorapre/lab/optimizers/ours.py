@@ -102,10 +102,16 @@ def factored_momentum_bytes(options: Mapping[str, Any]) -> MatrixBytes:
     """State of `LoRAPreMuon`, `LoRAPreSGD` and `LoRAPreLion` for one float32 matrix: factors and a float32 counter.
 
     Args:
-        options: their ``state_dtype``; Muon's ``orthogonalization``, of which "factors" keeps a row and a column too.
+        options: their ``state_dtype``; Muon's ``orthogonalization``, of which "factors" keeps a row and a column too,
+            and its ``normalization``, which keeps one of them.
     """
     width, means = state_width(options), int(options.get("orthogonalization") == "factors")
-    return lambda p, q, r: width * (p + q) * (r + means) + 4
+
+    def state_bytes(p: int, q: int, r: int) -> int:
+        averages = {"none": 0, "rows": p, "longer_side": max(p, q)}[options.get("normalization", "none")]
+        return width * ((p + q) * (r + means) + averages) + 4
+
+    return state_bytes
 
 
 def momentum_bytes(numbers: int, width: int) -> int:
