@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process a core: more threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers in _*.py, whatever pytest's import mode is
