@@ -60,7 +60,10 @@ class MomentumRun:
         self.t = int(state["step"])
         if "v_row" in state:
             self.v_row, self.v_col = list(self._wide(state["v_row"], view.p)), list(self._wide(state["v_col"], view.q))
-        self.u = [torch.zeros((), dtype=torch.float64)] * view.batch
+        if "u_row" in state:
+            self.u = list(self._wide(state["u_row"], view.p, 1))
+        elif "u_col" in state:
+            self.u = list(self._wide(state["u_col"], 1, view.q))
 
     def _wide(self, tensor: Tensor, *shape: int) -> Tensor:
         return tensor.detach().cpu().double().reshape(self.view.batch, *shape).clone()

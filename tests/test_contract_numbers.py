@@ -178,7 +178,7 @@ def test_a_weight_moves_by_the_formulas_from_a_bfloat16_state(kind: Kind, device
         param.grad = grad.to(device, torch.float32)
         run.step(param.grad)
         optimizer.step()
-        assert_close(param, run.weight(), 1e-5 if kind.cls is LoRAPreMuon else 1e-6, "W")
+        assert_close(param, run.weight(), 3e-5 if kind.cls is LoRAPreMuon else 1e-6, "W")
         if not isinstance(run, ReferenceRun):
             continue
         for key in ("m_B", "m_A", "v_B", "v_A") if kind is PAPER else ("v_row", "v_col"):

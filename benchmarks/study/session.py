@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache, partial
 from pathlib import Path
+from statistics import median
 
 from lorapre.lab.compare.pool import slots
 from lorapre.lab.models import resolve_model
@@ -95,7 +96,7 @@ class Session:
             say(f"{len(failed)} runs failed; the same command tries them again.")
 
     def estimate(self, run: Run) -> float:
-        """Seconds that ``run`` should take, by the last run of the same optimizer and model, or else by slower ones.
+        """Seconds that ``run`` should take, by the last run of the same optimizer and model, or else by the median one.
 
         Where a model was never run, by the slowest of all runs and the operations of both models; 0 where no run was.
         """
@@ -103,12 +104,13 @@ class Session:
         same = [row for row in rows if (row["model"], row["contestant"]) == (run.model, run.contestant)]
         model = [row for row in rows if row["model"] == run.model]
         pace = [row["seconds"] / row["tokens"] for row in same[-1:] or model if row["loss"] is not None]
-        if not pace:
-            pace = [
-                row["seconds"] / row["tokens"] * operations(run.model) / operations(row["model"])
-                for row in rows
-                if row["loss"] is not None
-            ]
+        if pace:
+            return run.tokens * median(pace)
+        pace = [
+            row["seconds"] / row["tokens"] * operations(run.model) / operations(row["model"])
+            for row in rows
+            if row["loss"] is not None
+        ]
         return run.tokens * max(pace, default=0.0)
 
 

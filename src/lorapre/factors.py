@@ -209,6 +209,18 @@ def residual_weight(gain: float, step: Coefficient) -> Coefficient:
     return weight
 
 
+def average_weights(
+    beta1: float, residual_gain: float, step: Coefficient
+) -> tuple[Coefficient, Coefficient, Coefficient]:
+    """``keep``, ``inside`` and ``outside`` of `read_momentum` for a bias-corrected average, equations (6) and (12).
+
+    A gain above 1 divides everything by itself: what it says is how much less the tracked directions count than the
+    rest, and the update keeps its size.
+    """
+    whole = first_moment_correction(beta1, step) * max(1.0, residual_gain)
+    return beta1 / whole, (1.0 - beta1) / whole, residual_weight(residual_gain, step) / max(1.0, residual_gain)
+
+
 def sum_weights(mu: float, nesterov: bool, residual_gain: float | None) -> tuple[float, float, float]:
     """``keep``, ``inside`` and ``outside`` of `read_momentum` for a momentum that is a sum, M_t = mu M + G.
 
@@ -267,14 +279,14 @@ def rank1_second_moment(row: Tensor, col: Tensor, G: Tensor, beta2: float) -> Te
     return torch.mul(scaled, col).addcmul_(G, G, value=1.0 - beta2)
 
 
-def update_bound(beta2: float, residual_gain: float) -> float:
-    """What no element of m / sqrt(v) may exceed: c / sqrt(1 - beta2), c the residual's weight, at least 1.
+def update_bound(beta2: float) -> float:
+    """What no element of m / sqrt(v) may exceed: 1 / sqrt(1 - beta2).
 
     The residual's share is below it by itself, for v holds the newest G^2 in full. The momentum's is not: where v is
     far smaller than around it (a feature that is hardly ever active), what the factors leak there is divided by
     almost nothing.
     """
-    return float(max(1.0, residual_gain) / (1.0 - beta2) ** 0.5)
+    return float((1.0 - beta2) ** -0.5)
 
 
 def advance_rank1(row: Tensor, col: Tensor, G: Tensor, rate: Coefficient) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ v_B and v_A follow |G| by (1) and (2) with gamma2. delta is the damping of Appen
 Beyond the paper:
 
     (11)  M' = beta m_B m_A + (1 - beta) G,  U = orth(M' m_A^T),  m_B m_A <- U U^T M',  m_A m_A^T = I
-    (12)  m_t = beta1 m_B m_A + (1 - beta1) P + c (G - P),  P the part of G in the row space of m_A
+    (12)  m_t = (beta1 m_B m_A + (1 - beta1) P + c (G - P)) / max(1, c),  P the part of G in the row space of m_A
     (13)  v_t = beta2 v_r v_c / mean(v_r) + (1 - beta2) G^2,  v_r and v_c averages of G^2's row and column means
 
 Shapes throughout: ``W``, ``G`` are (p, q); the left factors ``m_B``, ``v_B`` are (p, r); the right factors
@@ -199,8 +199,7 @@ def lorapre_adam_step(
 
     The rest is beyond the paper: ``regression="subspace"`` is equation (11), ``residual_gain`` c of (12), and
     ``state`` may hold the second moment of (13), or Adam's own, in full. A relative ``eps`` is in units of the
-    matrix's root mean vhat. ``bounded`` limits |mhat| / sqrt(vhat) to max(1, c) / sqrt(1 - beta2), and to 0 where vhat
-    is 0.
+    matrix's root mean vhat. ``bounded`` limits |mhat| / sqrt(vhat) to 1 / sqrt(1 - beta2), and to 0 where vhat is 0.
     """
     state.step += 1
     correction = first_moment_correction(beta1, state.step)
@@ -211,6 +210,7 @@ def lorapre_adam_step(
         inside = target @ state.m_A
         m_hat = (beta1 * (state.m_B @ state.m_A) + (1 - beta1) * inside) / correction
         m_hat = m_hat + residual_weight(residual_gain, state.step) * (G - inside)
+        m_hat = m_hat / max(1.0, residual_gain)
 
     def follow(B: Tensor, A: Tensor, target: Tensor, beta: float) -> tuple[Tensor, Tensor]:
         if regression == "subspace":
@@ -238,7 +238,7 @@ def lorapre_adam_step(
         eps = eps * v_hat.mean().sqrt().item()
     update = m_hat / (v_hat.sqrt() + eps)
     if bounded:
-        limit = max(1.0, residual_gain or 0.0) / math.sqrt(1 - beta2)
+        limit = 1 / math.sqrt(1 - beta2)
         update = torch.where(v_hat > 0, update.clamp(-limit, limit), 0.0)
     return W - lr * (scale * update + weight_decay * W)
 

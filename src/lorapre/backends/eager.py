@@ -49,7 +49,7 @@ def _adamw_piece(piece: Piece, hyper: AdamHyperparameters) -> None:
     denominator = v_hat.sqrt_().add_(eps)
     m.div_(denominator)
     if hyper.bounded:
-        limit = factors.update_bound(hyper.beta2, hyper.residual_gain)
+        limit = factors.update_bound(hyper.beta2)
         m.clamp_(-limit, limit).masked_fill_(denominator <= eps, 0.0)  # where v is 0
     m.mul_(-piece.on * hyper.lr * hyper.scale)
     piece.apply(m, 1.0 - piece.on * hyper.lr * hyper.weight_decay, scratch=denominator)
@@ -92,16 +92,8 @@ def momentum(
 def _first_moment(piece: Piece, hyper: AdamHyperparameters) -> Tensor:
     """mhat_t from the factors of step t - 1, which advance (equations (1), (4), (6))."""
     beta1 = hyper.beta1
-    correction = factors.first_moment_correction(beta1, piece.step)
-    return momentum(
-        piece,
-        hyper.regressor,
-        keep=beta1 / correction,
-        inside=(1.0 - beta1) / correction,
-        outside=factors.residual_weight(hyper.residual_gain, piece.step),
-        decay=beta1,
-        gain=1.0 - beta1,
-    )
+    keep, inside, outside = factors.average_weights(beta1, hyper.residual_gain, piece.step)
+    return momentum(piece, hyper.regressor, keep=keep, inside=inside, outside=outside, decay=beta1, gain=1.0 - beta1)
 
 
 def _second_moment(piece: Piece, hyper: AdamHyperparameters) -> Tensor:

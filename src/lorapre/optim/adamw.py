@@ -43,7 +43,8 @@ class LoRAPreAdamW(DenseAdamW):
             Adam's own (``exp_avg_sq``).
         second_moment_rank: rank of a "hadamard" second moment, or a fraction; None is m's.
         residual_gain: weight of the gradient's part outside the tracked subspace (12), where a constant gradient
-            gathers 1 inside. None is the paper's, 1 - beta1.
+            gathers 1 inside. Above 1 the whole is divided by it: the update keeps its size, and the tracked, strong
+            directions count less than the rest. None is the paper's, 1 - beta1.
         damping: added to the diagonal of the r x r matrices that "newton" inverts, above 0.
         damping_mode: "relative" to their mean diagonal, which makes the step invariant to the gradient's scale;
             "absolute" as in the paper (Appendix C.1).
@@ -51,7 +52,7 @@ class LoRAPreAdamW(DenseAdamW):
             `lorapre.factors.second_moment_correction`), "paper" by 1 - beta2^t.
         eps_mode: eps of compressed matrices is "relative" to the root of their mean v, so that no step depends on the
             gradient's scale, or "absolute", in the units of the gradient, as in Adam. Dense parameters take Adam's.
-        bounded: no element of a compressed matrix's m / sqrt(v) exceeds max(1, residual_gain) / sqrt(1 - beta2), and
+        bounded: no element of a compressed matrix's m / sqrt(v) exceeds 1 / sqrt(1 - beta2), and
             where v is 0 (a column that never had a gradient) nothing moves, as under Adam.
         scale: multiplies the update of compressed matrices, not their weight decay; GaLore and the paper use 0.25.
         view_3d: a 3-D weight is a "stack" of matrices, or to be flattened to (out, in * kernel): "flatten".
