@@ -279,8 +279,7 @@ def test_the_batched_moments_are_the_references() -> None:
 def test_the_batched_rank_1_second_moment_is_the_references() -> None:
     G, row, col = normal(3, 6, 9, seed=1), normal(3, 6, 1, seed=2).square(), normal(3, 1, 9, seed=3).square()
     row[2] = col[2] = 0.0  # a matrix that has seen nothing
-    v = factors.rank1_second_moment(row, col, G, 0.95)
-    new_row, new_col = factors.advance_rank1(row, col, G, 0.05)
+    v, new_row, new_col = factors.rank1_second_moment(row, col, G, 0.95, 0.05)
     for i in range(3):
         expected = reference.rank1_second_moment(row[i, :, 0], col[i, 0], G[i], 0.95)
         assert_close(v[i], expected, 1e-14)

@@ -262,21 +262,27 @@ def second_moment(B: Tensor, A: Tensor, G: Tensor, beta2: float) -> Tensor:
     return v.square_().mul_(beta2).addcmul_(G, G, value=1.0 - beta2)
 
 
-def rank1_second_moment(row: Tensor, col: Tensor, G: Tensor, beta2: float) -> Tensor:
-    """v_t = beta2 row col / mean(row) + (1 - beta2) G^2, (n, p, q), from the row and column means of step t - 1.
+def rank1_second_moment(
+    row: Tensor, col: Tensor, G: Tensor, beta2: float, rate: Coefficient
+) -> tuple[Tensor, Tensor, Tensor]:
+    """v_t = beta2 row col / mean(row) + (1 - beta2) G^2, (n, p, q), and the row and column means one step on.
 
     The outer product is Adafactor's estimate (arXiv 1804.04235); G^2 enters in full, as in equation (5), so that
     |G| / sqrt(v_t) cannot exceed (1 - beta2)^(-1/2). Non-negative by construction.
 
     Args:
-        row: (n, p, 1), averages of the row means of G^2.
+        row: (n, p, 1), averages of the row means of G^2 up to step t - 1.
         col: (n, 1, q), averages of its column means.
         G: (n, p, q).
         beta2: decay rate of v.
+        rate: of the means, 1 - beta2, or 0 where nothing is to change.
     """
     mean = row.mean(dim=-2, keepdim=True)  # (n, 1, 1)
     scaled = torch.where(mean > 0, row / mean, 0.0) * beta2
-    return torch.mul(scaled, col).addcmul_(G, G, value=1.0 - beta2)
+    squares = torch.mul(G, G)  # a power is slower
+    new_row = torch.lerp(row, squares.mean(dim=-1, keepdim=True), rate)
+    new_col = torch.lerp(col, squares.mean(dim=-2, keepdim=True), rate)
+    return squares.mul_(1.0 - beta2).addcmul_(scaled, col), new_row, new_col
 
 
 def update_bound(beta2: float) -> float:
@@ -287,12 +293,3 @@ def update_bound(beta2: float) -> float:
     almost nothing.
     """
     return float((1.0 - beta2) ** -0.5)
-
-
-def advance_rank1(row: Tensor, col: Tensor, G: Tensor, rate: Coefficient) -> tuple[Tensor, Tensor]:
-    """The averages of G^2's row means (n, p, 1) and column means (n, 1, q), one step of ``rate`` = 1 - beta2 on."""
-    p, q = G.shape[-2:]
-    # As norms, which need no buffer of G's size for the squares.
-    rows = torch.linalg.vector_norm(G, dim=-1, keepdim=True).square_() / q
-    cols = torch.linalg.vector_norm(G, dim=-2, keepdim=True).square_() / p
-    return torch.lerp(row, rows, rate), torch.lerp(col, cols, rate)

@@ -175,8 +175,7 @@ def _at_once(kind: _Kind, optimizer: FactoredOptimizer, group: Group) -> int:
     if isinstance(optimizer, LoRAPreAdamW):
         if group["second_moment"] == "hadamard" and group["second_moment_rank"] is not None:
             factors = max(factors, _factor_scratch(with_rank(view, group["second_moment_rank"]), width))
-        # The gradients, m and v; when the factors are done with, a byte a number that says where v is 0.
-        peak = 3 * dense + max(factors, view.p * view.q if group["bounded"] else 0)
+        peak = 3 * dense + factors  # the gradients, m and v
     elif isinstance(optimizer, LoRAPreMuon) and group["orthogonalization"] == "newton_schulz":
         # The gradients, m, two of the iteration's matrices and two of its Gram matrices.
         peak = max(2 * dense + factors, 4 * dense + 2 * width * min(view.p, view.q) ** 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,11 +47,13 @@ def _adamw_piece(piece: Piece, hyper: AdamHyperparameters) -> None:
     if hyper.relative_eps:
         eps = v_hat.mean(dim=(-2, -1), keepdim=True).sqrt().mul_(hyper.eps)
         eps.clamp_(min=torch.finfo(eps.dtype).tiny)  # a matrix without gradients stays as it is
-    denominator = v_hat.sqrt_().add_(eps)
-    m.div_(denominator)
+    denominator = v_hat.sqrt_()
+    if hyper.bounded:
+        torch.threshold_(denominator, 0.0, math.inf)  # where v is 0 nothing moves; a mask takes three times as long
+    m.div_(denominator.add_(eps))
     if hyper.bounded:
         limit = factors.update_bound(hyper.beta2)
-        m.clamp_(-limit, limit).masked_fill_(denominator <= eps, 0.0)  # where v is 0
+        m.clamp_(-limit, limit)
     m.mul_(-piece.on * hyper.lr * hyper.scale)
     piece.apply(m, 1.0 - piece.on * hyper.lr * hyper.weight_decay, scratch=denominator)
 
@@ -107,8 +110,7 @@ def _second_moment(piece: Piece, hyper: AdamHyperparameters) -> Tensor:
         piece["exp_avg_sq"] = v
     elif "v_row" in piece:
         row, col = piece["v_row"], piece["v_col"]
-        v = factors.rank1_second_moment(row, col, G, beta2)
-        piece["v_row"], piece["v_col"] = factors.advance_rank1(row, col, G, rate)
+        v, piece["v_row"], piece["v_col"] = factors.rank1_second_moment(row, col, G, beta2, rate)
     else:
         B, A = piece["v_B"], piece["v_A"]
         v = factors.second_moment(B, A, G, beta2)

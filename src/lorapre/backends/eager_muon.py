@@ -84,9 +84,9 @@ def _through_the_factors(piece: Piece, hyper: MuonHyperparameters) -> Tensor:
     piece["m_B"], piece["m_A"] = hyper.regressor.advance(B, A, G, left, decay=hyper.mu, gain=1.0, on=piece.enabled)
     rest = G.baddbmm_(left, A, alpha=-1.0)  # (n, p, q)
     row, col = piece["v_row"], piece["v_col"]
-    v = factors.rank1_second_moment(row, col, rest, hyper.beta2).div_(1.0 - hyper.beta2**piece.step)
-    piece["v_row"], piece["v_col"] = factors.advance_rank1(row, col, rest, piece.on * (1.0 - hyper.beta2))
-    rest.div_(v.sqrt_().clamp_(min=torch.finfo(v.dtype).tiny))
+    rate = piece.on * (1.0 - hyper.beta2)
+    v, piece["v_row"], piece["v_col"] = factors.rank1_second_moment(row, col, rest, hyper.beta2, rate)
+    rest.div_(v.div_(1.0 - hyper.beta2**piece.step).sqrt_().clamp_(min=torch.finfo(v.dtype).tiny))
     assert hyper.residual_gain is not None
     weight = hyper.residual_gain / max(G.shape[-2:]) ** 0.5
     return torch.baddbmm(rest, head, A, beta=weight)

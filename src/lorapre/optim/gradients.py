@@ -59,9 +59,12 @@ def check_gradients(owner: str, items: list[tuple[str, Tensor, dict[str, Any]]],
 
 
 def all_finite(tensors: list[Tensor]) -> Tensor:
-    """A 0-d bool tensor on the first tensor's device: one reduction over all, no host synchronisation."""
+    """A 0-d bool tensor on the first tensor's device: no host synchronisation."""
     device = tensors[0].device
-    norms = torch._foreach_norm(tensors, float("inf"))
+    # A maximum norm takes one launch on a GPU, and ten times as long as both extremes on a CPU; nan is an extreme.
+    extremes = [extreme for tensor in tensors if tensor.device.type == "cpu" for extreme in torch.aminmax(tensor)]
+    if elsewhere := [tensor for tensor in tensors if tensor.device.type != "cpu"]:
+        extremes += torch._foreach_norm(elsewhere, float("inf"))
     # float16 and bfloat16 widen without loss; a large float64 must not become inf by narrowing.
-    widest = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
-    return torch.stack([norm.to(device, widest) for norm in norms]).isfinite().all()
+    widest = torch.float64 if any(value.dtype == torch.float64 for value in extremes) else torch.float32
+    return torch.stack([value.to(device, widest) for value in extremes]).isfinite().all()
