@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from lorapre.backends.batches import MAX_SCRATCH_NUMEL
+from lorapre.backends.batches import scratch_numel
 from lorapre.optim.adamw import LoRAPreAdamW
 from lorapre.optim.base import FactoredOptimizer, Group
 from lorapre.optim.dense import DenseAdamW
@@ -30,8 +30,8 @@ class MemoryEstimate:
     """Bytes, activations excluded (they depend on batch and sequence).
 
     ``state`` and ``adamw_state`` are exact; ``scratch`` bounds what ``step()`` allocates on top, for one batch
-    of matrices at a time (gradients, momentum and more in float32 or wider, and the factors) or all dense parameters
-    of a group.
+    of matrices at a time, as on a GPU (gradients, momentum and more in float32 or wider, and the factors), or all dense
+    parameters of a group.
     """
 
     weights: int
@@ -106,17 +106,17 @@ def scratch_bytes(optimizer: Optimizer) -> int | None:
     # Matrices and what is dense are updated one after the other, piece by piece and group by group.
     peaks = [0]
     for group in optimizer.param_groups:
-        buckets: Counter[_Kind] = Counter()
+        buckets: Counter[tuple[_Kind, torch.device]] = Counter()
         dense = []
         for param in group["params"]:
             kind = _kind_of(param, optimizer, group)
             if kind.view is None and isinstance(optimizer, DenseAdamW):
                 dense.append(kind)
             elif kind.numel:
-                buckets[kind] += 1
+                buckets[kind, param.device] += 1
         peaks.append(_adamw_scratch(dense, group))
-        for kind, count in buckets.items():
-            together = min(count, max(1, MAX_SCRATCH_NUMEL // kind.numel))
+        for (kind, device), count in buckets.items():
+            together = min(count, max(1, scratch_numel(device) // kind.numel))
             peaks.append(together * _at_once(kind, optimizer, group))
     return max(peaks)
 

@@ -15,6 +15,15 @@ from lorapre.routing import MatrixView
 #: such buffers live at once: the gradients, m and v.
 MAX_SCRATCH_NUMEL = 2**26
 
+#: The same on a CPU, whose caches hold such pieces, and whose allocator hands the same memory out again: larger
+#: buffers are new pages each time, and a step takes up to twice as long.
+CACHED_NUMEL = 2**20
+
+
+def scratch_numel(device: torch.device) -> int:
+    """Largest batch of p x q scratch on ``device``, in numbers."""
+    return min(MAX_SCRATCH_NUMEL, CACHED_NUMEL) if device.type == "cpu" else MAX_SCRATCH_NUMEL
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -39,8 +48,8 @@ class Bucket:
     enabled: Tensor | None = None
 
     def pieces(self) -> Iterator[Piece]:
-        """The bucket in parts whose p x q scratch stays below ``MAX_SCRATCH_NUMEL`` (or is one parameter)."""
-        size = max(1, MAX_SCRATCH_NUMEL // max(1, self.params[0].numel()))
+        """The bucket in parts whose p x q scratch stays below `scratch_numel` (or is one parameter)."""
+        size = max(1, scratch_numel(self.params[0].device) // max(1, self.params[0].numel()))
         for start in range(0, len(self.params), size):
             part = slice(start, start + size)
             step = self.step
