@@ -33,7 +33,6 @@ PAPER_MUON = {
     "nesterov": False,
     "weight_decay": 0.0,
     "adjust_lr_fn": "original",
-    "orthogonalization": "newton_schulz",
     "normalization": "none",
 }
 
@@ -72,9 +71,6 @@ LION = Kind("lion", LoRAPreLion)
 DEFAULTS = (ADAMW, MUON, SGD, LION)
 PAPER = Kind("adamw-paper", LoRAPreAdamW, PAPER_ADAMW)
 MUON_PAPER = Kind("muon-paper", LoRAPreMuon, PAPER_MUON)
-MUON_FACTORS = Kind(
-    "muon-factors", LoRAPreMuon, {"orthogonalization": "factors", "regression": "subspace", "residual_gain": 0.5}
-)
 MUON_ROWS = Kind("muon-rows", LoRAPreMuon, {"normalization": "rows"})
 TANGENT = Kind("adamw-tangent", LoRAPreAdamW, {"regression": "tangent", "second_moment": "rank1"})
 #: The defaults, both algorithms of the paper, and every second moment.
@@ -82,7 +78,6 @@ KINDS = (
     *DEFAULTS,
     PAPER,
     MUON_PAPER,
-    MUON_FACTORS,
     MUON_ROWS,
     Kind("adamw-full", LoRAPreAdamW, {"second_moment": "full"}),
     TANGENT,

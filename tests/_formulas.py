@@ -58,8 +58,6 @@ class MomentumRun:
         self.B = list(self._wide(state["m_B"], view.p, view.rank))
         self.A = list(self._wide(state["m_A"], view.rank, view.q))
         self.t = int(state["step"])
-        if "v_row" in state:
-            self.v_row, self.v_col = list(self._wide(state["v_row"], view.p)), list(self._wide(state["v_col"], view.q))
         if "u_row" in state:
             self.u = list(self._wide(state["u_row"], view.p, 1))
         elif "u_col" in state:
@@ -81,8 +79,6 @@ class MomentumRun:
     def _direction(self, i: int, G: Tensor) -> Tensor:
         """What is subtracted at lr 1, from the factors of the step before, which advance."""
         group = self.group
-        if group.get("orthogonalization") == "factors":
-            return self._direction_through_the_factors(i, G)
         old = self.B[i] @ self.A[i]
         P = self._tracked(self.A[i], G)
         residual, gain = G - P, group["residual_gain"]
@@ -107,21 +103,6 @@ class MomentumRun:
         p, q = m.shape
         original = self.group["adjust_lr_fn"] == "original"
         return float(self.group["scale"] * (math.sqrt(max(1, p / q)) if original else 0.2 * math.sqrt(max(p, q))))
-
-    def _direction_through_the_factors(self, i: int, G: Tensor) -> Tensor:
-        """The polar factor of the tracked momentum, and the rest of the gradient over the root of its own rank-1
-        second moment, as a matrix of noise with singular values around the residual gain."""
-        group, A = self.group, self.A[i]
-        mu, beta2 = group["momentum"], group["betas"][1]
-        keep, inside = (mu * mu, 1 + mu) if group["nesterov"] else (mu, 1.0)
-        head = reference.newton_schulz(keep * self.B[i] + inside * G @ A.T, group["ns_steps"]) @ A
-        rest = G - G @ A.T @ A
-        v = reference.rank1_second_moment(self.v_row[i], self.v_col[i], rest, beta2) / (1 - beta2**self.t)
-        self.v_row[i] = beta2 * self.v_row[i] + (1 - beta2) * (rest**2).mean(dim=1)
-        self.v_col[i] = beta2 * self.v_col[i] + (1 - beta2) * (rest**2).mean(dim=0)
-        self._advance(i, G, decay=mu, gain=1.0)
-        noise = torch.where(v > 0, rest / v.sqrt(), 0.0)
-        return self._size(G) * (head + group["residual_gain"] / math.sqrt(max(G.shape)) * noise)
 
     def _normalized(self, i: int, O: Tensor) -> Tensor:  # noqa: E741  (the paper's name)
         """NorMuon, Algorithm 1: O over the root of the average of its rows' mean squares, at O's Frobenius norm."""

@@ -12,7 +12,6 @@ from _contract import (
     ADAMW,
     KINDS,
     MUON,
-    MUON_FACTORS,
     MUON_PAPER,
     PAPER,
     SHAPES,
@@ -40,7 +39,7 @@ from lorapre.optim import dense as dense_module
 
 # Dense parameters of AdamW and Muon; those of SGD and Lion are in test_momentum_optimizers.py.
 
-ADAM_DENSE = pytest.mark.parametrize("kind", [ADAMW, PAPER, MUON, MUON_PAPER, MUON_FACTORS], ids=str)
+ADAM_DENSE = pytest.mark.parametrize("kind", [ADAMW, PAPER, MUON, MUON_PAPER], ids=str)
 
 
 @ADAM_DENSE

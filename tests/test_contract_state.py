@@ -9,9 +9,8 @@ from torch import Tensor
 from _contract import (
     ADAMW,
     LION,
-    MUON,
-    MUON_FACTORS,
     MUON_PAPER,
+    MUON_ROWS,
     PAPER,
     SGD,
     Kind,
@@ -22,7 +21,7 @@ from _contract import (
 from _support import (
     train,
 )
-from lorapre import LoRAPreAdamW
+from lorapre import LoRAPreAdamW, LoRAPreMuon
 
 FACTORS = {"step", "m_B", "m_A"}
 STATES = [
@@ -30,8 +29,9 @@ STATES = [
     (Kind("hadamard", LoRAPreAdamW, {"second_moment": "hadamard"}), {*FACTORS, "v_B", "v_A"}),
     (Kind("full", LoRAPreAdamW, {"second_moment": "full"}), {*FACTORS, "exp_avg_sq"}),
     (PAPER, {*FACTORS, "v_B", "v_A"}),
-    (MUON_FACTORS, {*FACTORS, "v_row", "v_col"}),
-    *((kind, FACTORS) for kind in (MUON, SGD, LION, MUON_PAPER)),
+    (MUON_ROWS, {*FACTORS, "u_row"}),
+    (Kind("muon, wide", LoRAPreMuon), {*FACTORS, "u_col"}),
+    *((kind, FACTORS) for kind in (SGD, LION, MUON_PAPER)),
 ]
 
 

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 from _contract import (
     ADAMW,
     LION,
+    MUON,
     PAPER,
     SGD,
     SHAPES,
@@ -70,7 +71,8 @@ def test_an_added_group_has_state_at_once_and_options_of_its_own(kind: Kind, dev
     late = make_params([(9, 11), (5,)], torch.float64, device)
     own = {"second_moment": "full"} if kind is ADAMW else {}
     optimizer.add_param_group({"params": late, "rank": 2, "lr": 0.5, "residual_gain": 0.25, **own})
-    assert set(optimizer.state[late[0]]) == {"step", "m_B", "m_A", *(["exp_avg_sq"] if own else [])}
+    more = {ADAMW: {"exp_avg_sq"}, MUON: {"u_col"}}.get(kind, set())
+    assert set(optimizer.state[late[0]]) == {"step", "m_B", "m_A", *more}
     assert optimizer.state[late[0]]["m_B"].shape == (9, 2)
     assert set(optimizer.state[late[1]]) == kind.dense_keys
     assert optimizer.param_groups[1]["weight_decay"] == optimizer.defaults["weight_decay"]

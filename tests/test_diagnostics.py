@@ -529,11 +529,6 @@ def test_decay_and_gain_are_those_that_the_optimizer_means(
 REAL: dict[str, tuple[Any, dict[str, Any], tuple[float, float]]] = {
     "Adam": (LoRAPreAdamW, {"betas": (0.8, 0.99)}, (0.8, 0.2)),
     "Muon": (LoRAPreMuon, {"momentum": 0.7, "betas": (0.9, 0.99)}, (0.7, 1.0)),
-    "Muon in the factors": (
-        LoRAPreMuon,
-        {"momentum": 0.7, "orthogonalization": "factors", "residual_gain": 1.0},
-        (0.7, 1.0),
-    ),
     "SGD": (LoRAPreSGD, {"momentum": 0.7}, (0.7, 1.0)),
     "Nesterov": (LoRAPreSGD, {"momentum": 0.7, "nesterov": True}, (0.7, 1.0)),
     "Lion": (LoRAPreLion, {"betas": (0.9, 0.8)}, (0.8, 0.2)),

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from _contract import ADAMW, DEFAULTS, LION, MUON_FACTORS, SGD, TANGENT, Kind
+from _contract import ADAMW, DEFAULTS, LION, MUON_ROWS, SGD, TANGENT, Kind
 from _formulas import run_beside
 from _support import assert_close, assert_same_bits, gradients, make_params, relative_difference, snapshot
 from lorapre import LoRAPreAdamW, LoRAPreMuon
@@ -25,7 +25,7 @@ NEWTON = {"regression": "newton", "residual_gain": None, "damping_mode": "relati
 PROBLEM_KINDS = (
     *DEFAULTS,
     TANGENT,
-    MUON_FACTORS,
+    MUON_ROWS,
     Kind("no gain", LoRAPreAdamW, {"residual_gain": None}),
     Kind("hadamard", LoRAPreAdamW, {"second_moment": "hadamard"}),
     Kind("full", LoRAPreAdamW, {"second_moment": "full"}),
@@ -76,7 +76,9 @@ def test_permuting_rows_or_columns_commutes_with_the_step(
         return tensor.index_select(along, order.to(tensor.device))
 
     # a permutation of rows permutes the left factors' rows, one of columns the right factors' columns
-    moved = {"m_B": 0, "v_B": 0, "v_row": 0} if side == "rows" else {"m_A": 1, "v_A": 1, "v_col": 0}
+    moved = (
+        {"m_B": 0, "v_B": 0, "v_row": 0, "u_row": 0} if side == "rows" else {"m_A": 1, "v_A": 1, "v_col": 0, "u_col": 0}
+    )
     moved["exp_avg_sq"] = dim
     options = {"damping_mode": mode, "damping": 1e-3}
     plain, mixed = (build(kind, problem, torch.float64, device, **options) for _ in range(2))
@@ -222,7 +224,7 @@ def test_at_any_shape_and_rank_the_step_is_the_formulas(
     run.check(optimizer, param, 1e-8)
 
 
-@pytest.mark.parametrize("kind", [*DEFAULTS, TANGENT, MUON_FACTORS], ids=str)
+@pytest.mark.parametrize("kind", [*DEFAULTS, TANGENT, MUON_ROWS], ids=str)
 @quick
 @given(problem=problems(), steps=st.integers(1, 4))
 def test_zero_gradients_from_the_start_change_nothing_but_weight_decay(
@@ -238,7 +240,7 @@ def test_zero_gradients_from_the_start_change_nothing_but_weight_decay(
     assert_same_bits(param.detach(), expected)
 
 
-@pytest.mark.parametrize("kind", [*DEFAULTS, TANGENT, MUON_FACTORS], ids=str)
+@pytest.mark.parametrize("kind", [*DEFAULTS, TANGENT, MUON_ROWS], ids=str)
 @quick
 @given(problem=problems())
 def test_bfloat16_weights_and_gradients_move_like_float32_ones(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from _contract import ADAMW, LION, MUON, MUON_FACTORS, PAPER, SGD, Kind
+from _contract import ADAMW, LION, MUON, MUON_ROWS, PAPER, SGD, Kind
 from _support import Shape, make_params, random_grads, set_grads
 from lorapre import LoRAPreAdamW, MemoryEstimate, estimate_memory, param_groups
 from lorapre.backends import batches
@@ -55,7 +55,7 @@ DTYPES += [(torch.float32, torch.bfloat16, 2), (torch.bfloat16, torch.float64, 8
 
 #: Numbers of state of one p x q matrix at rank r, apart from the step.
 NUMBERS: list[tuple[Kind, Callable[[int, int, int], int]]] = [
-    (Kind("rank1", LoRAPreAdamW, {"second_moment": "rank1"}), lambda p, q, r: (p + q) * r + p + q),
+    (Kind("rank1", LoRAPreAdamW, {"second_moment": "rank1"}), lambda p, q, r: (p + q) * (r + 1)),
     (Kind("hadamard", LoRAPreAdamW, {"second_moment": "hadamard"}), lambda p, q, r: 2 * (p + q) * r),
     (
         Kind("hadamard of rank 2", LoRAPreAdamW, {"second_moment": "hadamard", "second_moment_rank": 2}),
@@ -63,8 +63,8 @@ NUMBERS: list[tuple[Kind, Callable[[int, int, int], int]]] = [
     ),
     (Kind("full", LoRAPreAdamW, {"second_moment": "full"}), lambda p, q, r: (p + q) * r + p * q),
     (PAPER, lambda p, q, r: 2 * (p + q) * r),
-    (MUON, lambda p, q, r: (p + q) * r),
-    (MUON_FACTORS, lambda p, q, r: (p + q) * r + p + q),
+    (MUON, lambda p, q, r: (p + q) * r + max(p, q)),
+    (MUON_ROWS, lambda p, q, r: (p + q) * r + p),
     (SGD, lambda p, q, r: (p + q) * r),
     (LION, lambda p, q, r: (p + q) * r),
 ]

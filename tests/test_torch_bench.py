@@ -58,7 +58,6 @@ OWN: dict[type[torch.optim.Optimizer], dict[str, dict[str, Any]]] = {
     LoRAPreMuon: {
         "betas": {"betas": (0.5, 0.9), "eps": 1e-6},
         "momentum": {"momentum": 0.5, "nesterov": False},
-        "orthogonalization": {"orthogonalization": "factors", "residual_gain": 0.5, "regression": "subspace"},
         "even rows": {"normalization": "rows"},
         "iterations": {"ns_steps": 3, "ns_dtype": torch.float64},
         "the paper": {**PAPER, "nesterov": False, "adjust_lr_fn": "original", "scale": 0.25},

@@ -1,7 +1,8 @@
 """The study behind the defaults: variants of LoRA-Pre and their rivals, rates searched for each.
 
-    python benchmarks/study --corpus corpus --work runs/study --budget 25m   # goes on from runs/study/rows.jsonl
-    python benchmarks/study --work runs/study --publish                      # table and figures of these rows
+    python benchmarks/study --corpus corpus --budget 25m       # goes on from the rows in benchmarks/results/study
+    python benchmarks/study --publish                          # table and figures of these rows
+    python benchmarks/study --profile variants --corpus corpus # many variants, short runs; results/study/variants
 
 ``--corpus`` is a folder as for ``arena.py``. Every training is that of ``lorapre pretrain`` in one process: registry,
 start, batches and their order, schedule, clipping at 1, bfloat16 autocast, embeddings, head and norms by AdamW at one

@@ -7,6 +7,7 @@ import lorapre.lab.quiet  # noqa: F401  # isort: skip  (first: it keeps packages
 import argparse
 import math
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -18,7 +19,12 @@ from study.report import write_tables
 from study.rows import Rows
 from study.session import Session, say
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "study"
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = {
+    name: ROOT / "benchmarks" / "results" / "study" / ("" if name == "main" else name) for name in ("main", "variants")
+}
+#: Figures that a page of the documentation shows; a page can only show what lies beside it.
+SHOWN = {RESULTS["main"] / "curves.png": "study-curves.png", RESULTS["variants"] / "gain.png": "study-gain.png"}
 
 
 def seconds(text: str) -> float:
@@ -43,26 +49,32 @@ def main(began: float, description: str | None) -> None:
         prog="study", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--corpus", type=Path, default=Path("corpus"))
-    parser.add_argument("--work", type=Path, default=RESULTS, help="folder of rows.jsonl and what is made of it")
     parser.add_argument("--profile", choices=PROFILES, default="main")
+    parser.add_argument("--work", type=Path, help="folder of rows.jsonl and what is made of it; default: the results")
     parser.add_argument("--jobs-per-device", type=int, help="runs at a time on one GPU (default 3) or the CPU (1)")
     parser.add_argument("--budget", type=seconds, default=math.inf, help="90s, 25m, 1.5h; default: all that is wanted")
     parser.add_argument("--stages", type=stages, default=STAGES, help=f"default: {','.join(STAGES)}")
     parser.add_argument("--publish", action="store_true", help="make no run")
     arguments = parser.parse_args()
+    work: Path | None = arguments.work or RESULTS.get(arguments.profile)
+    if work is None:
+        parser.error(f"--profile {arguments.profile} has no results in this repository. Give --work.")
     # As an end like any other: its processes are stopped.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal; go on with the same command"))
     profile = PROFILES[arguments.profile]
     try:
-        rows = Rows(arguments.work / "rows.jsonl")
+        rows = Rows(work / "rows.jsonl")
         if not arguments.publish:
             session = Session(profile, rows, arguments.stages, began + arguments.budget)
             session.make_runs(arguments.corpus, arguments.jobs_per_device)
     except KeyboardInterrupt:
         sys.exit("interrupted; go on with the same command")
     if rows.all:
-        write_tables(rows, profile, arguments.work)
-        write_figures(rows, profile.model, profile.tokens, arguments.work)
-        say(f"{len(rows.all)} runs; tables and figures are in {arguments.work}")
+        write_tables(rows, profile, work)
+        write_figures(rows, profile.model, profile.tokens, work)
+        for figure, name in SHOWN.items():
+            if figure.parent == work.resolve():
+                shutil.copyfile(figure, ROOT / "docs" / "figures" / name)
+        say(f"{len(rows.all)} runs; tables and figures are in {work}")
     else:
         say(f"{rows.path} holds no run, of which nothing can be written.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from lorapre.lab.compare.style import LINES, MARKERS
 from lorapre.lab.run_folder import write_atomically
 from lorapre.optim.summary import format_bytes
-from study.looks import FACTORS, GREY, extras, family, gain, is_ours, label, look, numbered, rank_name
+from study.looks import DEFAULT_GAIN, FACTORS, GREY, extras, family, gain, is_ours, label, look, numbered, rank_name
 from study.rows import Best, Rows
 
 LOSS = "validation loss (nats a token)"
 ABOVE = r"$\uparrow$"
 RING = 11
-PANELS = ("full rank", "low rank, others and the paper", "LoRA-Pre Muon",
+PANELS = ("full rank", "low rank, others and the paper", "LoRA-Pre Muon", "LoRA-Pre Muon: other forms",
           "LoRA-Pre AdamW: ranks", "LoRA-Pre AdamW: gains", "LoRA-Pre AdamW: other state")  # fmt: skip
 #: Loss above the best at which an axis ends; arrows stand for what is beyond.
 REACH = 0.6
@@ -49,29 +51,36 @@ def write_figures(rows: Rows, model: str, tokens: int, folder: Path) -> None:
 def gain_figure(best: Mapping[str, Best], title: str) -> Figure:
     """Loss at the best rate against the residual's gain: a line for each family and rank; rivals as levels."""
     figure, (axes,) = _new(title, "gain of the residual (hollow: the paper's, the weight of a single gradient)")
-    groups: dict[tuple[str, str], list[Best]] = {}
+    groups: dict[str, list[Best]] = {}
     for one in best.values():
-        if is_ours(one.row) and not extras(one.row):
-            groups.setdefault((family(one.row), rank_name(one.row)), []).append(one)
-    drawn = [group for group in groups.values() if len(group) > 1]
-    for number, group in enumerate(drawn):
+        if is_ours(one.row):
+            named = ", ".join([family(one.row), rank_name(one.row), *extras(one.row)])
+            groups.setdefault(named, []).append(one)
+    lines = {name: group for name, group in groups.items() if len(group) > 1}
+    drawn: Counter[str] = Counter()  # a colour a family, a line and a marker each within it
+    for name, group in sorted(lines.items(), key=lambda item: (len(extras(item[1][0].row)), item[0])):
         group.sort(key=lambda one: gain(one.row))
-        style, line = look(group[0].row), ("-", (0, (6, 1.5, 1, 1.5)), (0, (1, 1.2)))[number % 3]
+        style = look(group[0].row)
+        number = drawn[style.colour]
+        drawn[style.colour] += 1
+        line, marker = LINES[number % len(LINES)][0], MARKERS[number % len(MARKERS)][0]
         xs, ys = [gain(one.row) for one in group], [one.mean for one in group]
-        name = f"{family(group[0].row)}, {rank_name(group[0].row)}"
-        axes.plot(xs, ys, color=style.colour, linewidth=style.width, linestyle=line, label=name)
+        axes.plot(
+            xs, ys, color=style.colour, linewidth=style.width, linestyle=line, marker=marker, markersize=7, label=name
+        )
         for one, x, y in zip(group, xs, ys, strict=True):
             hollow = one.row["settings"]["residual_gain"] is None
             face = "white" if hollow else style.colour
-            axes.plot(x, y, color=style.colour, marker=style.marker, markersize=7, markerfacecolor=face)
+            axes.plot(x, y, color=style.colour, marker=marker, markersize=7, markerfacecolor=face)
             _spread(axes, x, one, style.colour)
     levels = [one for one in best.values() if family(one.row) in ("AdamW", "AdamW, beta1 = 0", "Muon")]
     for one in levels:
         style = look(one.row)
         name = f"{family(one.row)}  {one.mean:.3f}"
         axes.axhline(one.mean, color=style.colour, linestyle=style.line, linewidth=1.6, label=name)
-    _finish(axes, [one.mean for group in drawn for one in group] + [one.mean for one in levels])
-    ticks = sorted({gain(one.row) for group in drawn for one in group})
+    shown = [one for group in lines.values() for one in group]
+    _finish(axes, [one.mean for one in shown + levels])
+    ticks = sorted({gain(one.row) for one in shown})
     if ticks and ticks[0] > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(FixedLocator(ticks))
@@ -82,20 +91,20 @@ def gain_figure(best: Mapping[str, Best], title: str) -> Figure:
 
 
 def rank_figure(best: Mapping[str, Best], title: str) -> Figure:
-    """Loss at the best rate against bytes of state of the matrices: lines over the ranks at gain 1, and points."""
+    """Loss at the best rate against bytes of state of the matrices: lines over the ranks at the default gain."""
     figure, (axes,) = _new(title, "state of the matrices")
     lines: dict[str, list[Best]] = {}
     rest = []
     for one in best.values():
-        plain = is_ours(one.row) and not extras(one.row) and gain(one.row) == 1
+        plain = is_ours(one.row) and not extras(one.row) and gain(one.row) == DEFAULT_GAIN
         lines.setdefault(family(one.row), []).append(one) if plain else rest.append(one)
-    points = [one for one in rest if not is_ours(one.row) or extras(one.row)]
+    points = [one for one in rest if not is_ours(one.row) or gain(one.row) == DEFAULT_GAIN]
     for group in lines.values():
         group.sort(key=lambda one: one.row["state_bytes"])
         style = look(group[0].row)
         xs, ys = [one.row["state_bytes"] for one in group], [one.mean for one in group]
         drawn = {"color": style.colour, "linewidth": style.width, "marker": style.marker, "markersize": 8, "zorder": 4}
-        axes.plot(xs, ys, label=f"{family(group[0].row)}, gain 1", **drawn)
+        axes.plot(xs, ys, label=f"{family(group[0].row)}, gain {DEFAULT_GAIN:g}", **drawn)
         for one, x, y in zip(group, xs, ys, strict=True):
             below = {"xytext": (0, -9), "va": "top"} if family(one.row) == "LoRA-Pre Muon" else {"xytext": (0, 8)}
             note = {"textcoords": "offset points", "ha": "center", "fontsize": 8, "color": style.colour}
@@ -119,16 +128,16 @@ def rank_figure(best: Mapping[str, Best], title: str) -> Figure:
 
 
 def panels(best: Mapping[str, Best]) -> dict[str, list[Best]]:
-    """What each panel of ``rates.png`` shows; our AdamW at gain 1 is in every panel in which its rank is varied."""
+    """What each panel of ``rates.png`` shows; our AdamW at its default is wherever its rank is varied."""
     found: dict[str, list[Best]] = {name: [] for name in PANELS}
     adam = [one for one in best.values() if family(one.row) == "LoRA-Pre AdamW"]
-    gains = {rank_name(one.row) for one in adam if not extras(one.row) and gain(one.row) != 1}
+    gains = {rank_name(one.row) for one in adam if not extras(one.row) and gain(one.row) != DEFAULT_GAIN}
     states = {rank_name(one.row) for one in adam if extras(one.row)}
     for one in best.values():
         name, rank = family(one.row), rank_name(one.row)
-        plain = not extras(one.row) and is_ours(one.row) and gain(one.row) == 1
+        plain = not extras(one.row) and is_ours(one.row) and gain(one.row) == DEFAULT_GAIN
         if name in ("LoRA-Pre Muon", FACTORS):
-            found["LoRA-Pre Muon"].append(one)
+            found["LoRA-Pre Muon: other forms" if extras(one.row) or name == FACTORS else "LoRA-Pre Muon"].append(one)
         elif name != "LoRA-Pre AdamW":
             found["low rank, others and the paper" if rank else "full rank"].append(one)
         else:
@@ -145,7 +154,7 @@ def rates_figure(best: Mapping[str, Best], title: str) -> Figure:
     shown = panels(best)
     title += "; ringed: the best rate; x: diverged; dashed: AdamW's best loss"
     figure, every = _new(
-        title, "peak learning rate of the matrices", max(1, len(shown)), columns=min(3, max(1, len(shown)))
+        title, "peak learning rate of the matrices", max(1, len(shown)), columns=min(2, max(1, len(shown))), wide=True
     )
     reference = next((one for one in best.values() if one.row["optimizer"] == "adamw"), None)
     for axes, (name, group) in zip(every, shown.items(), strict=False):
@@ -168,7 +177,7 @@ def rates_figure(best: Mapping[str, Best], title: str) -> Figure:
             for rate in (rate for rate, loss in one.by_rate.items() if loss == math.inf):
                 axes.plot(rate, top, marker="x", markersize=7, color="black", clip_on=False)
         _log_rates(axes, {rate for one in group for rate in one.by_rate})
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.26), frameon=False, fontsize=8, handlelength=3)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.03), frameon=False, fontsize=8, handlelength=3)
     return figure
 
 
@@ -180,7 +189,9 @@ def curves_figure(rows: Rows, model: str, tokens: int) -> Figure:
         best = [one for one in rows.best(*setting).values() if one.losses]
         best.sort(key=lambda one: one.mean)
         if len(settings) == 1:  # of all that are in the search these are legible
-            best = [one for one in best if not extras(one.row) and (not is_ours(one.row) or gain(one.row) == 1)]
+            best = [
+                one for one in best if not extras(one.row) and (not is_ours(one.row) or gain(one.row) == DEFAULT_GAIN)
+            ]
         axes.set_title(f"{setting[0]}, {setting[1] / 1e6:.3g} M tokens", loc="left", fontsize=10)
         ranks: dict[str, list[float]] = {}  # dots are for the lower ranks of a family, in every panel
         for one in best:
@@ -199,9 +210,13 @@ def curves_figure(rows: Rows, model: str, tokens: int) -> Figure:
     return figure
 
 
-def _new(title: str, xlabel: str, panels: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:
+def _new(title: str, xlabel: str, panels: int = 1, columns: int = 1, *, wide: bool = False) -> tuple[Figure, list[Any]]:
+    """A figure of panels; ``wide`` where each has a legend at its side."""
     lines = -(-panels // columns)
-    figure = Figure(figsize=(11, 5.6) if panels == 1 else (4.6 * columns, 5.2 * lines), layout="constrained")
+    figure = Figure(
+        figsize=(11, 5.6) if panels == 1 else ((7.6 if wide else 4.6) * columns, (3.9 if wide else 5.2) * lines),
+        layout="constrained",
+    )
     FigureCanvasAgg(figure)
     grid = figure.subplots(lines, columns, squeeze=False)
     every = list(grid.flat)

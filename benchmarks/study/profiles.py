@@ -9,16 +9,15 @@ ADAM_RATES = (5e-4, 1e-3, 2e-3)
 MUON_RATES = (2.5e-3, 5e-3)
 #: After a contestant's name: from the end of the warm-up on, its residual gain falls with the learning rate.
 DECAYING = " decaying"
-FACTORS = "+orthogonalization=factors"
-LONGER = "+normalization=longer_side"
 
 
 def _adam(gain: float | None, rank: str, more: str = "") -> str:
     return f"lorapre-adamw+residual_gain={'null' if gain is None else gain}{more}@{rank}"
 
 
-def _muon(gain: float | None, rank: str, more: str = "") -> str:
-    return f"lorapre-muon+residual_gain={'null' if gain is None else gain}{more}@{rank}"
+def _muon(gain: float | None, rank: str, *, momentum: float = 0.9, normalization: str = "longer_side") -> str:
+    gain_text = "null" if gain is None else gain
+    return f"lorapre-muon+residual_gain={gain_text}+momentum={momentum}+normalization={normalization}@{rank}"
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,7 @@ class Profile:
         }
 
 
-FINALISTS = (
-    "adamw", "muon", _adam(4.0, "1/4"), _adam(4.0, "1/32"), _muon(4.0, "1/4", "+momentum=0.9" + LONGER),
-    _muon(4.0, "1/32", "+momentum=0.9" + LONGER),
-)  # fmt: skip
+FINALISTS = ("adamw", "muon", _adam(4.0, "1/4"), _adam(4.0, "1/32"), _muon(4.0, "1/4"), _muon(4.0, "1/32"))
 
 MAIN = Profile(
     model="llama-20m",
@@ -90,19 +86,18 @@ MAIN = Profile(
     rates={
         "adamw": (1e-3, 2e-3),
         "muon": MUON_RATES,
-        _muon(4.0, "1/4", "+momentum=0.9" + LONGER): (5e-3, 1e-2),
+        _muon(4.0, "1/4"): (5e-3, 1e-2),
         _adam(4.0, "1/4"): (2e-3, 4e-3),
         _adam(4.0, "1/32"): (1e-3, 2e-3),
-        _muon(4.0, "1/32", "+momentum=0.9" + LONGER): (1e-2,),
+        _muon(4.0, "1/32"): (1e-2,),
         "apollo@1/4": (5e-3, 1e-2),
         "galore@1/4": (1e-2, 2e-2),
         "fira@1/4": (5e-3, 1e-2),
         _adam(2.0, "1/32"): (5e-4, 1e-3),
         _adam(1.0, "1/32"): (1e-3, 2e-3),
         _adam(1.0, "1/4"): (1e-3, 2e-3),
-        _muon(1.0, "1/4"): MUON_RATES,
-        _muon(1.0, "1/32"): MUON_RATES,
-        _muon(1.0, "1/4", FACTORS): MUON_RATES,
+        _muon(1.0, "1/4", momentum=0.95, normalization="none"): MUON_RATES,
+        _muon(1.0, "1/32", momentum=0.95, normalization="none"): MUON_RATES,
         "adam-beta1-0": (1e-3, 2e-3),
         "lorapre-adamw-paper@1/4": (2.5e-4, 5e-4, 1e-3),
         "lorapre-muon-paper@1/4": (1e-2, 2e-2),
@@ -121,56 +116,55 @@ VARIANTS = Profile(
     model="llama-20m",
     tokens=12_500_000,
     rates={
-        _adam(4.0, "1/32"): (1e-3,),
-        _muon(4.0, "1/4", "+momentum=0.9" + LONGER): (1e-2,),
-        _adam(4.0, "1/4"): (2e-3,),
-        _adam(2.0, "1/4"): (2e-3,),
-        _adam(8.0, "1/32"): (1e-3,),
-        _muon(4.0, "1/32", "+momentum=0.9" + LONGER): (1e-2,),
-        _muon(8.0, "1/4", "+momentum=0.9" + LONGER): (1e-2,),
-        _adam(8.0, "1/4"): (4e-3,),
-        _adam(4.0, "1"): (5e-4,),
-        _muon(1.0, "1/4", "+momentum=0.9" + FACTORS + LONGER): (5e-3,),
-        "muon": MUON_RATES,
-        _muon(2.0, "1/4", "+momentum=0.9"): MUON_RATES,
-        _muon(1.0, "1/4"): MUON_RATES,
-        _muon(2.0, "1/4", "+momentum=0.9" + LONGER): MUON_RATES,
-        _muon(1.0, "1/4", "+momentum=0.9"): MUON_RATES,
-        _muon(1.0, "255", "+momentum=0.9"): (5e-3,),
-        _muon(1.0, "255", "+momentum=0.9" + LONGER): (5e-3,),
-        _muon(2.0, "1/4", "+momentum=0.9+normalization=rows"): MUON_RATES,
-        _muon(4.0, "1/4", "+momentum=0.9"): MUON_RATES,
-        _muon(2.0, "1/4", "+momentum=0.85"): MUON_RATES,
-        _muon(2.0, "1/4", "+momentum=0.9") + DECAYING: MUON_RATES,
-        _muon(2.0, "1/32", "+momentum=0.9"): MUON_RATES,
-        _muon(2.0, "1/32", "+momentum=0.9" + LONGER): MUON_RATES,
         "adamw": ADAM_RATES[:2],
-        _adam(1.0, "1/32"): ADAM_RATES[:2],
-        _adam(1.0, "1/32") + DECAYING: ADAM_RATES[:2],
-        _adam(2.0, "1/32"): ADAM_RATES[:2],
-        _adam(0.3, "1/32"): ADAM_RATES[:2],
-        _adam(None, "1/32"): ADAM_RATES[:2],
-        _adam(1.0, "1/4"): ADAM_RATES[:2],
-        _adam(1.0, "1/4") + DECAYING: ADAM_RATES[:2],
         "adam-beta1-0": ADAM_RATES[:2],
-        _muon(None, "1/4"): MUON_RATES,
-        _muon(0.3, "1/4"): MUON_RATES,
+        "muon": MUON_RATES,
+        # The gain, by rank.
+        _adam(None, "1/32"): ADAM_RATES[:2],
+        _adam(0.3, "1/32"): ADAM_RATES[:2],
+        _adam(1.0, "1/32"): ADAM_RATES[:2],
+        _adam(2.0, "1/32"): ADAM_RATES[:2],
+        _adam(4.0, "1/32"): ADAM_RATES[:2],
+        _adam(8.0, "1/32"): ADAM_RATES[:2],
+        _adam(1.0, "1/4"): ADAM_RATES[:2],
+        _adam(2.0, "1/4"): ADAM_RATES[1:],
+        _adam(4.0, "1/4"): ADAM_RATES[1:],
+        _adam(8.0, "1/4"): ADAM_RATES[1:],
+        _adam(4.0, "1"): ADAM_RATES[:2],
+        _adam(4.0, "4"): ADAM_RATES[:2],
+        _adam(4.0, "16"): ADAM_RATES[:2],
+        _adam(4.0, "128"): ADAM_RATES[1:],
+        _adam(1.0, "1/32") + DECAYING: ADAM_RATES[:2],
+        _adam(1.0, "1/4") + DECAYING: ADAM_RATES[:2],
+        # Other state.
+        _adam(4.0, "1/32", "+second_moment=full"): ADAM_RATES[:2],
+        _adam(4.0, "1/32", "+second_moment=hadamard"): ADAM_RATES[:2],
+        _adam(4.0, "1/32", "+regression=tangent"): ADAM_RATES[:2],
+        _adam(4.0, "1/32", "+state_dtype=bfloat16"): ADAM_RATES[:2],
+        # Muon: the paper's and torch's momentum, a shorter one, even rows.
+        _muon(None, "1/4", momentum=0.95, normalization="none"): MUON_RATES,
+        _muon(0.3, "1/4", momentum=0.95, normalization="none"): MUON_RATES,
+        _muon(1.0, "1/4", momentum=0.95, normalization="none"): MUON_RATES,
+        _muon(2.0, "1/4", momentum=0.95, normalization="none"): MUON_RATES,
+        _muon(4.0, "1/4", momentum=0.95, normalization="none"): MUON_RATES,
+        _muon(1.0, "1/4", normalization="none"): MUON_RATES,
+        _muon(2.0, "1/4", normalization="none"): MUON_RATES,
+        _muon(4.0, "1/4", normalization="none"): MUON_RATES,
+        _muon(2.0, "1/4", normalization="none") + DECAYING: MUON_RATES,
+        _muon(2.0, "1/4", momentum=0.85, normalization="none"): MUON_RATES,
+        _muon(2.0, "1/32", normalization="none"): MUON_RATES,
+        _muon(2.0, "1/4", normalization="rows"): MUON_RATES,
         _muon(2.0, "1/4"): MUON_RATES,
-        _muon(4.0, "1/4"): MUON_RATES,
-        _muon(1.0, "1/4", FACTORS): MUON_RATES,
-        _muon(1.0, "1/4", FACTORS + LONGER): MUON_RATES,
-        _muon(1.0, "1/32", FACTORS): MUON_RATES,
-        _adam(None, "1/4"): ADAM_RATES[:2],
-        _adam(1.0, "1"): ADAM_RATES[:2],
-        _adam(1.0, "2"): ADAM_RATES[:2],
-        _adam(1.0, "128"): ADAM_RATES[:2],
-        _adam(1.0, "1/32", "+second_moment=full"): ADAM_RATES[:2],
-        _adam(1.0, "1/32", "+second_moment=hadamard"): ADAM_RATES[:2],
-        _adam(1.0, "1/32", "+regression=tangent"): ADAM_RATES[:2],
-        _adam(1.0, "1/32", "+state_dtype=bfloat16"): ADAM_RATES[:2],
+        _muon(4.0, "1/4"): (1e-2,),
+        _muon(8.0, "1/4"): (1e-2,),
+        _muon(2.0, "1/32"): MUON_RATES,
+        _muon(4.0, "1/32"): (1e-2,),
+        _muon(4.0, "1"): (1e-2,),
+        # At 255 of 256 it is Muon.
+        _muon(1.0, "255", normalization="none"): (5e-3,),
+        _muon(1.0, "255"): (5e-3,),
         "lorapre-adamw-paper@1/32": (2.5e-4, 5e-4),
         "lorapre-muon-paper@1/4": (1e-2, 2e-2),
-        _muon(2.0, "1", "+momentum=0.9"): MUON_RATES,
     },
     batch_size=64,
     validations=4,
@@ -180,7 +174,7 @@ VARIANTS = Profile(
 TINY = Profile(
     model="llama-1m",
     tokens=20_480,
-    rates={"adamw": (1e-3, 2e-3), _adam(1.0, "1/4") + DECAYING: (5e-4, 1e-3), _muon(1.0, "1/4", FACTORS): (5e-3,)},
+    rates={"adamw": (1e-3, 2e-3), _adam(1.0, "1/4") + DECAYING: (5e-4, 1e-3), _muon(4.0, "1/4"): (5e-3,)},
     finalists=("adamw",),
     seeds=(0, 1),
     long=("adamw",),

@@ -176,11 +176,9 @@ def _at_once(kind: _Kind, optimizer: FactoredOptimizer, group: Group) -> int:
         if group["second_moment"] == "hadamard" and group["second_moment_rank"] is not None:
             factors = max(factors, _factor_scratch(with_rank(view, group["second_moment_rank"]), width))
         peak = 3 * dense + factors  # the gradients, m and v
-    elif isinstance(optimizer, LoRAPreMuon) and group["orthogonalization"] == "newton_schulz":
+    elif isinstance(optimizer, LoRAPreMuon):
         # The gradients, m, two of the iteration's matrices and two of its Gram matrices.
         peak = max(2 * dense + factors, 4 * dense + 2 * width * min(view.p, view.q) ** 2)
-    elif isinstance(optimizer, LoRAPreMuon):
-        peak = 3 * dense + factors  # the residual, its second moment and the update
     else:
         peak = 2 * dense + max(factors, dense * narrow)
     return view.batch * peak

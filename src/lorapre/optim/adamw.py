@@ -80,7 +80,7 @@ class LoRAPreAdamW(DenseAdamW):
         regression: Regression = "subspace",
         second_moment: Literal["rank1", "hadamard", "full"] = "rank1",
         second_moment_rank: int | float | None = None,
-        residual_gain: float | None = 1.0,
+        residual_gain: float | None = 4.0,
         damping: float = 1e-4,
         damping_mode: Literal["absolute", "relative"] = "relative",
         bias_correction: Literal["paper", "exact"] = "exact",

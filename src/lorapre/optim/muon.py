@@ -13,7 +13,6 @@ from lorapre.backends.batches import Bucket
 from lorapre.backends.eager_muon import (
     MuonHyperparameters,
     Normalization,
-    Orthogonalization,
     ShapeScale,
     lorapre_muon,
 )
@@ -40,17 +39,12 @@ class LoRAPreMuon(DenseAdamW):
         momentum: decay mu of the momentum, which is a sum, not an average.
         nesterov: look one step ahead, G + mu m_t.
         weight_decay: decoupled, as in AdamW.
-        betas: decay rates of AdamW's moments; the second one also of "factors"' second moment and of
-            ``normalization``'s averages.
+        betas: decay rates of AdamW's moments; the second one also of ``normalization``'s averages.
         eps: added to sqrt(v) by AdamW.
         regression: how the factors follow the momentum: "subspace", "tangent" (one read of the gradient) or
             "newton", the paper's.
         residual_gain: weight of the gradient's part outside the tracked subspace, as a share of the weight that a
-            constant gradient gathers inside; None gives it the weight of a single gradient, as the paper does. With
-            "factors", the size of its singular values against those inside.
-        orthogonalization: "newton_schulz" iterates on the whole p x q momentum; "factors" on the p x r factor alone,
-            and divides the gradient's part outside the subspace by the root of its rank-1 second moment instead (p + q
-            numbers more of state): no product of p x q by p x q at all.
+            constant gradient gathers inside; None gives it the weight of a single gradient, as the paper does.
         normalization: "rows" divides each row of the orthogonal update by the root of its average mean square, as
             NorMuon does (arXiv 2510.05491), "longer_side" the columns of wide matrices instead, whose rows are alike
             already; both keep the update's norm and cost a number a row or column of state.
@@ -80,16 +74,15 @@ class LoRAPreMuon(DenseAdamW):
         params: ParamsT,
         lr: float | Tensor = 1e-3,
         rank: int | float = 0.25,
-        momentum: float = 0.95,
+        momentum: float = 0.9,
         nesterov: bool = True,
         weight_decay: float = 1e-2,
         *,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         regression: Regression = "subspace",
-        residual_gain: float | None = 1.0,
-        orthogonalization: Orthogonalization = "newton_schulz",
-        normalization: Normalization = "none",
+        residual_gain: float | None = 4.0,
+        normalization: Normalization = "longer_side",
         ns_steps: int = 5,
         ns_dtype: torch.dtype | None = None,
         adjust_lr_fn: ShapeScale = "match_rms_adamw",
@@ -117,19 +110,7 @@ class LoRAPreMuon(DenseAdamW):
         check_betas(group["betas"])
         check_momentum(group["momentum"])
         check_choice("adjust_lr_fn", group["adjust_lr_fn"], ("original", "match_rms_adamw"))
-        check_choice("orthogonalization", group["orthogonalization"], ("newton_schulz", "factors"))
         check_choice("normalization", group["normalization"], ("none", "rows", "longer_side"))
-        if group["orthogonalization"] == "factors":
-            if group["residual_gain"] is None:
-                raise ValueError(
-                    "residual_gain=None, the paper's, has no meaning with orthogonalization='factors'. Give a number, "
-                    "0 to leave the residual out."
-                )
-            if group["regression"] == "newton":
-                raise ValueError(
-                    "orthogonalization='factors' needs factors with orthonormal rows: use regression='subspace' or "
-                    "'tangent', not 'newton'."
-                )
         if not isinstance(group["ns_steps"], int) or not 0 < group["ns_steps"] < 100:
             raise ValueError(f"Invalid ns_steps: {group['ns_steps']!r}. Give an integer from 1 to 99.")
         if group["ns_dtype"] not in (None, torch.bfloat16, torch.float16, torch.float32, torch.float64):
@@ -139,8 +120,6 @@ class LoRAPreMuon(DenseAdamW):
         if view is None:
             return self._init_dense_state(param, group)
         state = {"step": self._new_step(param, group), **self._init_momentum(param, view, group, key, "m")}
-        if group["orthogonalization"] == "factors":
-            state |= self._init_means(param, view, group)
         if group["normalization"] != "none":
             by_row = group["normalization"] == "rows" or view.p >= view.q
             key, size = ("u_row", view.p) if by_row else ("u_col", view.q)
@@ -161,7 +140,6 @@ class LoRAPreMuon(DenseAdamW):
                 nesterov=group["nesterov"],
                 residual_gain=group["residual_gain"],
                 regressor=self._regressor(group),
-                orthogonalization=group["orthogonalization"],
                 beta2=group["betas"][1],
                 ns_steps=group["ns_steps"],
                 ns_dtype=ns_dtype,
@@ -179,7 +157,6 @@ PAPER_PRESET: Mapping[str, Any] = {
     "weight_decay": 0.0,
     "regression": "newton",
     "residual_gain": None,
-    "orthogonalization": "newton_schulz",
     "normalization": "none",
     "scale": 1.0,
     "damping": 1e-6,

@@ -102,14 +102,13 @@ def factored_momentum_bytes(options: Mapping[str, Any]) -> MatrixBytes:
     """State of `LoRAPreMuon`, `LoRAPreSGD` and `LoRAPreLion` for one float32 matrix: factors and a float32 counter.
 
     Args:
-        options: their ``state_dtype``; Muon's ``orthogonalization``, of which "factors" keeps a row and a column too,
-            and its ``normalization``, which keeps one of them.
+        options: their ``state_dtype``; Muon's ``normalization``, which keeps a row or a column.
     """
-    width, means = state_width(options), int(options.get("orthogonalization") == "factors")
+    width = state_width(options)
 
     def state_bytes(p: int, q: int, r: int) -> int:
         averages = {"none": 0, "rows": p, "longer_side": max(p, q)}[options.get("normalization", "none")]
-        return width * ((p + q) * (r + means) + averages) + 4
+        return width * ((p + q) * r + averages) + 4
 
     return state_bytes
 
