@@ -10,6 +10,8 @@ from types import ModuleType
 
 import pytest
 
+from lorapre.optim.summary import format_bytes
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -56,3 +58,37 @@ def test_the_two_commands_stand_alone_and_ci_finds_the_second() -> None:
     assert len(commands) == 2
     assert commands[0].endswith("lorapre pretrain")
     assert commands[1].endswith("pytest")
+
+
+#: README's names of the study's finalists.
+FINALISTS = {
+    "Muon": "muon",
+    "AdamW": "adamw",
+    **{
+        f"`{cls}`, r = d/{share}": f"{contestant}@1/{share}"
+        for cls, contestant in (
+            ("LoRAPreAdamW", "lorapre-adamw+residual_gain=4.0"),
+            ("LoRAPreMuon", "lorapre-muon+residual_gain=4.0+momentum=0.9+normalization=longer_side"),
+        )
+        for share in (4, 32)
+    },
+}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/study-defaults.md"])
+def test_the_finalists_of_the_study_are_quoted_as_they_were_measured(page: str) -> None:
+    rows = json.loads((ROOT / "benchmarks" / "results" / "study" / "table.json").read_text(encoding="utf-8"))
+    cells = [
+        [cell.strip().replace("**", "") for cell in line.strip("|").split("|")]
+        for line in (ROOT / page).read_text(encoding="utf-8").splitlines()
+        if line.startswith("|")
+    ]
+    quoted = {re.sub(r"^(LoRA-Pre) (\w+)", r"`LoRAPre\2`", line[0]).replace(" (torch)", ""): line for line in cells}
+    for name, contestant in FINALISTS.items():
+        own = [row for row in rows if row["contestant"] == contestant and row["tokens"] == 50_000_000]
+        best = min((row for row in own if row["seed"] == 0), key=lambda row: row["loss"])
+        losses = [row["loss"] for row in own if row["lr"] == best["lr"]]
+        assert len(losses) == 3
+        spread = max(losses) - min(losses)
+        assert quoted[name][1] == format_bytes(best["state_bytes"]), name
+        assert quoted[name][-1] == f"{sum(losses) / 3:.3f} ± {spread:.3f}", name
