@@ -25,6 +25,7 @@ PAPER_ADAMW = {
     "bias_correction": "paper",
     "eps_mode": "absolute",
     "bounded": False,
+    "update_clipping": False,
     "scale": 0.25,
 }
 PAPER_MUON = {

@@ -145,6 +145,7 @@ class ReferenceRun:
                 damping_mode=group["damping_mode"],
                 eps_mode=group["eps_mode"],
                 bounded=group["bounded"],
+                update_clipping=group["update_clipping"],
                 regression=group["regression"],
                 residual_gain=group["residual_gain"],
                 bias_correction=group["bias_correction"],

@@ -24,7 +24,7 @@ from _contract import (
     every_kind,
     params_of,
 )
-from _formulas import run_beside
+from _formulas import random_matrix, run_beside
 from _support import (
     assert_close,
     assert_same_bits,
@@ -224,6 +224,28 @@ def follow(optimizer: Any, grad: Tensor) -> dict[str, Tensor]:
         optimizer.step()
     state: dict[str, Tensor] = optimizer.state[param]
     return state
+
+
+@pytest.mark.parametrize("second_moment", ["rank1", "hadamard", "full"])
+def test_with_clipping_an_odd_gradient_moves_the_weights_no_further_than_others(
+    second_moment: str, device: torch.device
+) -> None:
+    furthest = {}
+    for clipping in (False, True):
+        optimizer = build(
+            ADAMW, device, shapes=((24, 30),), lr=1.0, second_moment=second_moment, update_clipping=clipping
+        )
+        param = params_of(optimizer)[0]
+        moved = []
+        for step, grad in enumerate(gradients((24, 30), 60)):
+            before = param.detach().clone()
+            noise = random_matrix(24, 30, seed=step)
+            param.grad = ((grad + noise) * (10 if step == 50 else 1)).to(device, torch.float32)
+            optimizer.step()
+            moved.append(float((param.detach() - before * (1 - 1e-2)).norm()))
+        furthest[clipping] = moved[50] / max(moved[20:50])
+    assert furthest[False] > 1.8
+    assert furthest[True] < 1.1
 
 
 SPARSE_GRADIENTS = {

@@ -212,6 +212,7 @@ OWN: dict[Kind, dict[str, Any]] = {
         "bias_correction": "paper",
         "eps_mode": "absolute",
         "bounded": False,
+        "update_clipping": True,
         "scale": 0.5,
     },
     MUON: {
@@ -247,8 +248,8 @@ def test_every_option_may_be_set_in_a_group_and_matters(kind: Kind) -> None:
     assert_same_bits(snapshot(in_group), snapshot(by_options))
     # and each of them reaches the step: left at its default, it gives another result
     unseen = {"nonfinite", "capturable", "compress"}  # by finite gradients on a CPU
-    # the bound is met by other gradients: columns without any, in test_contract_gradients.py
-    for key in values.keys() - unseen - {"bounded"}:
+    # the bound and the clipping are met by other gradients, in test_contract_gradients.py
+    for key in values.keys() - unseen - {"bounded", "update_clipping"}:
         changed = {**values, key: inspect.signature(kind.cls).parameters[key].default}
         if key == "second_moment":
             del changed["second_moment_rank"]

@@ -70,6 +70,18 @@ CASES = [
     Case("hadamard of full rank", PAIR, options={"second_moment": "hadamard", "second_moment_rank": 16}),
     Case("full second moment", (*PAIR, (2, 12, 16)), options={"second_moment": "full"}),
     Case("absolute eps", PAIR, options={"eps_mode": "absolute"}),
+    Case("clipped", PAIR, options={"update_clipping": True}),
+    Case("clipped, Hadamard", PAIR, options={"update_clipping": True, "second_moment": "hadamard"}),
+    Case(
+        "clipped, in full, on the device",
+        PAIR,
+        options={
+            "update_clipping": True,
+            "second_moment": "full",
+            "capturable": True,
+            "maximize": True,
+        },
+    ),
     Case("no bound on the update", PAIR, options={"bounded": False}),
     Case("a bound that is met", PAIR, options={"betas": (0.9, 0.2), "residual_gain": 0.5}),
     Case("maximize", PAIR, options={"maximize": True, "weight_decay": 0.1}),

@@ -45,6 +45,7 @@ OWN: dict[type[torch.optim.Optimizer], dict[str, dict[str, Any]]] = {
         "betas": {"betas": (0.5, 0.9), "eps": 1e-6},
         "full second moment": {"second_moment": "full"},
         "rank-1 second moment": {"second_moment": "rank1", "eps_mode": "absolute"},
+        "clipped": {"update_clipping": True},
         "hadamard": {"second_moment": "hadamard", "second_moment_rank": 2},
         "the paper": {
             **PAPER,

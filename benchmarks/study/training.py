@@ -156,7 +156,7 @@ class Trainer:
             "curve": curve,
             "update_rms_5": None if update is None else float(update[0]),
             "update_max_5": None if update is None else float(update[1]),
-            "largest_rise": None if final is None else largest_rise(losses.cpu()),
+            **({"largest_rise": None} if final is None else largest_rise(losses.cpu())),
         }
 
     def _validate(self, model: _Model) -> float:
@@ -215,15 +215,16 @@ def update_size(before: list[Tensor], after: list[nn.Parameter], lr: float) -> T
     return torch.stack([(squares / sum(update.numel() for update in updates)).sqrt(), largest]) / lr
 
 
-def largest_rise(losses: Tensor) -> float | None:
-    """How far the training loss (S,) ever rose above the mean of the 20 steps before, after the first 60 steps.
+def largest_rise(losses: Tensor) -> dict[str, float | None]:
+    """How far the training loss (S,) ever rose above the mean of the 20 steps before, and when, after 60 steps.
 
     None of a run of fewer than 80.
     """
     if len(losses) < 80:
-        return None
+        return {"largest_rise": None}
     means = losses.unfold(0, 20, 1).mean(dim=1)[40:-1]
-    return round(float((losses[60:] - means).max()), 4)
+    rises = losses[60:] - means
+    return {"largest_rise": round(float(rises.max()), 4), "largest_rise_step": 60 + int(rises.argmax())}
 
 
 def parse(contestant: str, model: nn.Module) -> Contestant:

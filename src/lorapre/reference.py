@@ -187,6 +187,7 @@ def lorapre_adam_step(
     eps: float = 1e-8,
     eps_mode: Literal["absolute", "relative"] = "absolute",
     bounded: bool = False,
+    update_clipping: bool = False,
     weight_decay: float = 0.0,
     scale: float = 1.0,
     regression: Literal["newton", "subspace"] = "newton",
@@ -200,6 +201,7 @@ def lorapre_adam_step(
     The rest is beyond the paper: ``regression="subspace"`` is equation (11), ``residual_gain`` c of (12), and
     ``state`` may hold the second moment of (13), or Adam's own, in full. A relative ``eps`` is in units of the
     matrix's root mean vhat. ``bounded`` limits |mhat| / sqrt(vhat) to 1 / sqrt(1 - beta2), and to 0 where vhat is 0.
+    ``update_clipping`` divides the update by max(1, RMS(G / sqrt(vhat))).
     """
     state.step += 1
     correction = first_moment_correction(beta1, state.step)
@@ -240,6 +242,8 @@ def lorapre_adam_step(
     if bounded:
         limit = 1 / math.sqrt(1 - beta2)
         update = torch.where(v_hat > 0, update.clamp(-limit, limit), 0.0)
+    if update_clipping:
+        update = update / max(1.0, (G / (v_hat.sqrt() + eps)).nan_to_num(0.0).square().mean().sqrt().item())
     return W - lr * (scale * update + weight_decay * W)
 
 

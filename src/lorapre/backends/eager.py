@@ -26,6 +26,7 @@ class AdamHyperparameters:
     scale: float
     residual_gain: float
     bounded: bool
+    update_clipping: bool
     regressor: Regressor
     bias_correction: BiasCorrection
 
@@ -54,6 +55,10 @@ def _adamw_piece(piece: Piece, hyper: AdamHyperparameters) -> None:
     if hyper.bounded:
         limit = factors.update_bound(hyper.beta2)
         m.clamp_(-limit, limit)
+    if hyper.update_clipping:
+        surprise = piece.G.div_(denominator)  # the gradients are not needed any more
+        root_mean_square = torch.linalg.vector_norm(surprise, dim=(-2, -1), keepdim=True) / surprise[0].numel() ** 0.5
+        m.div_(root_mean_square.clamp_(min=1.0))
     m.mul_(-piece.on * hyper.lr * hyper.scale)
     piece.apply(m, 1.0 - piece.on * hyper.lr * hyper.weight_decay, scratch=denominator)
 

@@ -54,6 +54,8 @@ class LoRAPreAdamW(DenseAdamW):
             gradient's scale, or "absolute", in the units of the gradient, as in Adam. Dense parameters take Adam's.
         bounded: no element of a compressed matrix's m / sqrt(v) exceeds 1 / sqrt(1 - beta2), and
             where v is 0 (a column that never had a gradient) nothing moves, as under Adam.
+        update_clipping: divide the update of a compressed matrix by max(1, RMS of G / sqrt(v)), as StableAdamW does
+            (arXiv 2304.13013): a gradient that v did not expect moves the weights no further than others.
         scale: multiplies the update of compressed matrices, not their weight decay; GaLore and the paper use 0.25.
         view_3d: a 3-D weight is a "stack" of matrices, or to be flattened to (out, in * kernel): "flatten".
         state_dtype: dtype of the state; None is the parameter's own, but at least float32.
@@ -86,6 +88,7 @@ class LoRAPreAdamW(DenseAdamW):
         bias_correction: Literal["paper", "exact"] = "exact",
         eps_mode: Literal["absolute", "relative"] = "relative",
         bounded: bool = True,
+        update_clipping: bool = False,
         scale: float = 1.0,
         view_3d: View3D = "stack",
         state_dtype: torch.dtype | None = None,
@@ -146,6 +149,7 @@ class LoRAPreAdamW(DenseAdamW):
                 scale=group["scale"],
                 residual_gain=1.0 - beta1 if gain is None else gain,
                 bounded=group["bounded"],
+                update_clipping=group["update_clipping"],
                 regressor=self._regressor(group),
                 bias_correction=group["bias_correction"],
             ),
@@ -164,5 +168,6 @@ PAPER_PRESET: Mapping[str, Any] = {
     "second_moment": "hadamard",
     "eps_mode": "absolute",
     "bounded": False,
+    "update_clipping": False,
     "scale": 0.25,
 }
