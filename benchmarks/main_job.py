@@ -42,9 +42,9 @@ def section(summary: dict[str, Any], origin: dict[str, Any]) -> str:
         "",
         f"{origin['hardware']}, {origin['date'][:10]}, {versions}, seed {origin['seed']}; made by "
         "`python benchmarks/main_job.py`. AdamW's rate is the best of a search on two seeds "
-        "([table](benchmarks/results/learning-rates/table.md), `python benchmarks/learning_rates.py`); LoRA-Pre takes "
-        "the same. One seed, and a run thousands of times shorter than the paper's: it shows that the recipe works, "
-        "not which optimizer is better.",
+        "([table](benchmarks/results/learning-rates/table.md), `python benchmarks/learning_rates.py`); LoRA-Pre's "
+        "is that of [the study](docs/study-defaults.md). One seed, and a run thousands of times shorter than the "
+        "paper's: it shows that the recipe works, not which optimizer is better.",
     ]
     return "\n".join(lines)
 
