@@ -28,7 +28,12 @@ FACTORS = "LoRA-Pre Muon, by factors"
 #: What the figures take for granted; everything else about our own is said.
 DEFAULT_GAIN = 4.0
 DEFAULT_SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    "lorapre-adamw": {"second_moment": "rank1", "state_dtype": None, "regression": "subspace"},
+    "lorapre-adamw": {
+        "second_moment": "rank1",
+        "state_dtype": None,
+        "regression": "subspace",
+        "update_clipping": False,
+    },
     "lorapre-muon": {"momentum": 0.9, "normalization": "longer_side", "state_dtype": None, "regression": "subspace"},
 }
 #: Colours of those that are drawn in every figure; rivals cool, ours warm, as in `lorapre compare`.
@@ -83,7 +88,9 @@ def rank_name(row: Row) -> str:
 def extras(row: Row) -> list[str]:
     """Settings that are not those of `DEFAULT_SETTINGS`, and a gain that follows the learning rate."""
     usual = DEFAULT_SETTINGS.get(row["optimizer"], {})
-    found = [_said(name, row["settings"][name]) for name in usual if row["settings"][name] != usual[name]]
+    found = [
+        _said(name, row["settings"][name]) for name in usual if row["settings"].get(name, usual[name]) != usual[name]
+    ]
     return found + (["gain falls"] if "residual_gain_follows" in row["settings"] else [])
 
 

@@ -90,7 +90,9 @@ MAIN = Profile(
         _adam(4.0, "1/4"): (2e-3, 4e-3),
         _adam(4.0, "1/32"): (1e-3, 2e-3),
         _muon(4.0, "1/32"): (1e-2,),
-        "apollo@1/4": (5e-3, 1e-2),
+        _adam(4.0, "1/32", "+update_clipping=true"): (2e-3,),
+        _adam(4.0, "1/4", "+update_clipping=true"): (4e-3,),
+        "apollo@1/4": (2.5e-3, 5e-3, 1e-2),
         "galore@1/4": (1e-2, 2e-2),
         "fira@1/4": (5e-3, 1e-2),
         _adam(2.0, "1/32"): (5e-4, 1e-3),
@@ -136,6 +138,7 @@ VARIANTS = Profile(
         _adam(4.0, "128"): ADAM_RATES[1:],
         _adam(1.0, "1/32") + DECAYING: ADAM_RATES[:2],
         _adam(1.0, "1/4") + DECAYING: ADAM_RATES[:2],
+        _adam(4.0, "1/32", "+update_clipping=true"): ADAM_RATES[:2],
         # Other state.
         _adam(4.0, "1/32", "+second_moment=full"): ADAM_RATES[:2],
         _adam(4.0, "1/32", "+second_moment=hadamard"): ADAM_RATES[:2],
