@@ -29,6 +29,7 @@ from lorapre.lab.compare.pool import ProcessPool, Slot, slots
 from lorapre.lab.compare.progress import ArenaProgress
 from lorapre.lab.compare.runs import Outcome as RunOutcome
 from lorapre.lab.compare.runs import RunStore, record_failure
+from lorapre.lab.optimizers import OPTIMIZERS
 from lorapre.lab.timing import WARM_UP_STEPS, summarise
 
 Compare = Callable[..., Outcome]
@@ -91,8 +92,12 @@ def stamps(out: Path) -> dict[str, int]:
 
 
 def test_a_comparison_makes_the_planned_runs_and_all_its_files(small: Path) -> None:
-    quarter = {f"{name}/lr{lr}-seed0-steps3" for name, lr in (("adamw", "0.001"), ("adamw", "0.004"))}
-    quarter |= {f"lorapre-adamw@0.25/lr{lr}-seed0-steps3" for lr in ("0.001", "0.004")}
+    names = {"adamw": "adamw", "lorapre-adamw": "lorapre-adamw@0.25"}
+    quarter = {
+        f"{folder}/lr{OPTIMIZERS[name].default_lr * factor:g}-seed0-steps3"
+        for name, folder in names.items()
+        for factor in (1, 4)
+    }
     folders = run_folders(small)
     assert quarter < folders
     assert len(folders - quarter) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,9 @@ def test_what_the_first_process_refuses_all_refuse_in_one_paragraph(here: Path) 
     ours = ended.stderr.partition("ChildFailedError")[0]
     assert "barrier" not in ours
     assert "Connection closed" not in ours
-    assert ended.stderr.count("exitcode  : 2 ") == ended.stderr.count("exitcode  : ") >= 1
+    codes = re.findall(r"exitcode  : (-?\d+)", ended.stderr)
+    assert "2" in codes
+    assert set(codes) <= {"2", "-15"}, "torchrun may end the others before they have said no themselves"
     assert not (here / "run").exists()
 
 
