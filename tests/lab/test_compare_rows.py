@@ -269,7 +269,7 @@ def test_a_comparison_keeps_its_own_defaults_only_where_nothing_else_is_given(tm
     file = tmp_path / "run.yaml"
     file.write_text("steps: 33\nlr: 0.5\noptimizer: adamw\nsave_every: 5\nseed: 4\ndiagnose: 3\n")
     config = build_compare_config({"batch_size": 4}, {"seeds": 2}, preset=None, config_file=file)
-    assert config.training.diagnose is None
+    assert config.training.diagnose == 3
     assert (config.training.total_steps, config.training.batch_size, config.training.lr) == (33, 4, None)
     assert config.seed_list() == (4, 5)
 

@@ -73,9 +73,7 @@ def pretrain(
     eval_every: Annotated[int | None, opt.option("Steps between validations (default 20 %).", opt.RUN)] = None,
     save_every: Annotated[int | None, opt.option("Steps between checkpoints (default 20 %).", opt.RUN)] = None,
     keep_checkpoints: Annotated[int | None, opt.option("Checkpoints to keep, at least 2 (default 2).", opt.RUN)] = None,
-    diagnose: Annotated[
-        int | None, opt.option("Steps between measurements of the momentum (default: none are made).", opt.RUN)
-    ] = None,
+    diagnose: opt.DiagnoseOption = None,
     seed: opt.SeedOption = None,
     preset: opt.PresetOption = None,
     config: Annotated[

@@ -62,6 +62,9 @@ TokensOption = Annotated[int | None, option("Training tokens, instead of steps."
 Bf16Option = Annotated[bool | None, option("Autocast to bfloat16; weights stay float32.", TRAINING)]
 CompileOption = Annotated[bool | None, option("Compile the model with torch.compile.", TRAINING)]
 LogEveryOption = Annotated[int | None, option("Steps between records of the loss (default 1 %).", RUN)]
+DiagnoseOption = Annotated[
+    int | None, option("Steps between measurements of the momentum (default: none are made).", RUN)
+]
 SeedOption = Annotated[int | None, option("Of weights, factors and data order (default 0).", RUN)]
 PresetOption = Annotated[str | None, option(f"The paper's protocol: {', '.join(PRESETS)}.", RUN)]
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from lorapre.lab.compare.config import CompareConfig, make_planners
-from lorapre.lab.compare.contestants import parse_contestants
+from lorapre.lab.compare.contestants import Contestant, parse_contestants
 from lorapre.lab.compare.folder import ArenaFolder
 from lorapre.lab.compare.plan import SEARCHES, Ask, Job, Planner, SearchName, choose_search
 from lorapre.lab.compare.pool import ProcessPool, Slot, slots
@@ -74,6 +74,7 @@ class Arena:
         for contestant in self.contestants:
             if contestant.rank is not None:
                 check_rank_compresses(meta, config.training.model_copy(update={"rank": contestant.rank}))
+        _check_something_to_measure(config, self.contestants)
         self._by_key = {contestant.key: contestant for contestant in self.contestants}
         self._corpus, self._bigram = self._open()
         fitted = self._plan.model.build(config.training.seed, device="meta")  # to the data's vocabulary
@@ -110,8 +111,7 @@ class Arena:
             raise
         if left:
             notes.append(f"The budget of {self.config.budget} ended with {left} run(s) not made.")
-        if self.config.jobs_per_device > 1:
-            self._time_alone(planners)
+        self._time_alone(planners)
         self._write_plan(search, notes, complete=True)
 
     def _write_plan(self, search: SearchName, notes: list[str], *, complete: bool) -> None:
@@ -181,11 +181,19 @@ class Arena:
         return took
 
     def _time_alone(self, planners: dict[str, Planner]) -> None:
-        """Train each contestant a little with a device to itself: where runs share one, their times say nothing."""
-        losses = losses_of(self.folder.runs.outcomes())
-        rates = {key: planner.choice(losses).lr for key, planner in planners.items()}
-        seed = self.config.training.seed
-        jobs = [Job(key, lr, seed, TIMING_STEPS) for key, lr in rates.items() if lr is not None]
+        """Train those a little with a device to themselves of whose runs no time says anything."""
+        outcomes = self.folder.runs.outcomes()
+        losses = losses_of(outcomes)
+        jobs = []
+        for key, planner in planners.items():
+            lr = planner.choice(losses).lr
+            if lr is None:
+                continue
+            full = [outcomes.get(Job(key, lr, seed, planner.steps)) for seed in planner.seeds]
+            if not any(run is not None and run.status == "finished" and not run.shared_device for run in full):
+                jobs.append(Job(key, lr, self.config.training.seed, TIMING_STEPS))
+        if not jobs:
+            return
         self._console.print(f"timing {len(jobs)} optimizers, {TIMING_STEPS} steps each, one a device", markup=False)
         pool: ProcessPool[Job] = ProcessPool(slots(1), WORKER_MODULES)
         try:
@@ -240,6 +248,11 @@ class Arena:
 
     def _assignment(self, job: Job, store: RunStore, slot: Slot) -> Assignment:
         training, contestant = self.config.training, self._by_key[job.contestant]
+        racing = store.root == self.folder.runs.root
+        # What a report may show: the first seed at full length.
+        measured = racing and find_optimizer(contestant.optimizer).factored
+        measured = measured and (job.seed, job.steps) == (training.seed, training.total_steps)
+        diagnose = training.diagnose if measured else None
         config = training.model_copy(
             update={
                 "optimizer": contestant.optimizer,
@@ -252,9 +265,11 @@ class Arena:
                 "log_every": min(training.log_interval, job.steps),
                 # The same distance in every run: the full length has as many as were asked for.
                 "eval_every": min(job.steps, max(1, training.total_steps // self.config.validations)),
+                "diagnose": diagnose,
             }
         )
-        shared = self.config.jobs_per_device > 1 and store.root != self.folder.timings.root
+        sharing = self.config.jobs_per_device > 1 and store.root != self.folder.timings.root
+        shared = sharing or bool(diagnose)
         folder = store.begin(job, tokens_per_step=training.tokens_per_step, shared_device=shared)
         return Assignment(config.model_dump(), folder.path, slot.threads, self._bigram)
 
@@ -268,6 +283,15 @@ def _record_silent_end(path: Path, code: int) -> None:
     last = next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     record_failure(path, "failed", f"the process ended with {how}; it last printed: {last[:200]}")
+
+
+def _check_something_to_measure(config: CompareConfig, contestants: tuple[Contestant, ...]) -> None:
+    diagnose = config.training.diagnose
+    if diagnose and not any(find_optimizer(contestant.optimizer).factored for contestant in contestants):
+        raise UserError(
+            f"--diagnose {diagnose}: measures momentum that is kept as factors, which none of --optimizers "
+            f"{','.join(config.optimizers)} has. Leave it out (0 overrules a file), or add one of ours."
+        )
 
 
 def _check_same_training(path: Path, training: PretrainConfig) -> None:

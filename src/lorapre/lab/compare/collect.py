@@ -8,6 +8,7 @@ from typing import Any
 
 from lorapre.lab.compare.config import CompareConfig, make_planners
 from lorapre.lab.compare.contestants import Contestant
+from lorapre.lab.compare.diagnostics import momentum_curves
 from lorapre.lab.compare.folder import ArenaFolder
 from lorapre.lab.compare.plan import Job, Planner
 from lorapre.lab.compare.results import Comparison
@@ -35,15 +36,17 @@ def collect(folder: ArenaFolder) -> Comparison:
     outcomes = folder.runs.outcomes()
     planners = make_planners(config, contestants, plan["search"])
     keys = {contestant.key for contestant in contestants}
+    rows = build_rows(contestants, planners, outcomes, folder.timings.outcomes())
     return Comparison(
         title=f"{config.training.model} on {plan['data']}",
         command=plan["command"],
         settings=_settings(config, plan),
         environment=_environment(plan),
         bigram_loss=plan["bigram_loss"],
-        rows=build_rows(contestants, planners, outcomes, folder.timings.outcomes()),
+        rows=rows,
         runs=tuple(outcome.to_run() for job, outcome in outcomes.items() if job.contestant in keys),
         notes=(*plan["notes"], *_incomplete(planners, outcomes, plan)),
+        momentum=momentum_curves(rows, planners, folder.runs),
     )
 
 
@@ -76,6 +79,7 @@ def _settings(config: CompareConfig, plan: dict[str, Any]) -> dict[str, Any]:
         "search": plan["search_description"],
         "seeds": ", ".join(map(str, config.seed_list())),
         "runs at a time on a device": config.jobs_per_device,
+        **({"momentum measured": f"every {training.diagnose} steps"} if training.diagnose else {}),
     }
 
 

@@ -83,6 +83,7 @@ def compare(
     bf16: opt.Bf16Option = None,
     compile: opt.CompileOption = None,
     log_every: opt.LogEveryOption = None,
+    diagnose: opt.DiagnoseOption = None,
     seed: opt.SeedOption = None,
     preset: opt.PresetOption = None,
     config: Annotated[

@@ -22,16 +22,7 @@ DEFAULT_SEARCH: Mapping[str, Any] = {"lr_grid": "x0.25,x0.5,x1,x2", "search": "g
 DEFAULT_OPTIMIZERS = ("lorapre-adamw", "adamw", "galore-ours", "fira-ours")
 
 #: Options of a run that a comparison sets itself.
-SET_BY_COMPARISON = (
-    "optimizer",
-    "options",
-    "lr",
-    "compare",
-    "eval_every",
-    "save_every",
-    "keep_checkpoints",
-    "diagnose",
-)
+SET_BY_COMPARISON = ("optimizer", "options", "lr", "compare", "eval_every", "save_every", "keep_checkpoints")
 
 #: Validations of a run of full length; shorter runs have as many as fit at the same distance.
 VALIDATIONS = 8

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import textwrap
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from matplotlib.transforms import Bbox, ScaledTranslation, TransformedBbox
+from matplotlib.transforms import Bbox, TransformedBbox
 
+from lorapre.lab.compare.drawing import GREY, add_legend, house_style, wrapped, write_subtitle
 from lorapre.lab.compare.facts import (
     RateLine,
     curve_range,
@@ -30,12 +28,12 @@ from lorapre.lab.compare.facts import (
     state_points,
     time_is_estimated,
 )
+from lorapre.lab.compare.momentum_figure import momentum_figure
 from lorapre.lab.compare.results import Comparison
 from lorapre.lab.compare.style import Style, styles
 from lorapre.lab.run_folder import write_atomically
 from lorapre.optim.summary import format_bytes
 
-GREY = "#666666"
 #: Marker of what lies above the range of an axis.
 ABOVE = r"$\uparrow$"
 #: Offsets of a label from its point, in points, and how it is aligned; the nearest that is free is taken.
@@ -47,17 +45,6 @@ _PLACES = [
         (0.8, 0.8, "bottom"), (0.8, -0.8, "top"), (-0.8, 0.8, "bottom"), (-0.8, -0.8, "top"),
     )
 ]  # fmt: skip
-
-
-def _text(text: str, width: int = 34) -> str:
-    """``text`` wrapped, and its dollars not taken for formulas."""
-    return "\n".join(textwrap.wrap(text, width)).replace("$", r"\$")
-
-
-@contextmanager
-def _house_style() -> Iterator[None]:
-    with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "legend.fontsize": 9}):
-        yield
 
 
 def _new(title: str, xlabel: str, entries: int = 0) -> tuple[Figure, Any]:
@@ -72,32 +59,10 @@ def _new(title: str, xlabel: str, entries: int = 0) -> tuple[Figure, Any]:
     return figure, axes
 
 
-def _subtitle(figure: Figure, axes: Any, text: str) -> None:
-    """Write ``text`` under the title of a figure that is otherwise whole, cut to the width of the axes."""
-    figure.draw_without_rendering()  # settles that width
-    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
-    place = axes.transAxes + ScaledTranslation(0, 6 / 72, figure.dpi_scale_trans)
-    note = figure.text(0, 1, "", transform=place, fontsize=9, color=GREY, parse_math=False)
-    text = " ".join(text.split())
-
-    def width(count: int) -> float:
-        note.set_text(text if count == len(text) else text[:count].rstrip(" ,;:(") + "…")
-        return float(note.get_window_extent(renderer).width)
-
-    if text:
-        width(bisect_right(range(1, len(text) + 1), 0.99 * axes.get_window_extent(renderer).width, key=width))
-
-
 def _bigram(axes: Any, comparison: Comparison, limits: tuple[float, float]) -> None:
     if limits[0] <= comparison.bigram_loss <= limits[1]:
         text = f"bigram model ({comparison.bigram_loss:.3f})"
         axes.axhline(comparison.bigram_loss, color=GREY, linestyle=":", linewidth=1, label=text)
-
-
-def _legend(figure: Figure, axes: Any, first: Sequence[Any] = ()) -> None:
-    handles, _ = axes.get_legend_handles_labels()
-    if handles or first:
-        figure.legend(handles=[*first, *handles], loc="outside right upper", frameon=False, handlelength=3.2)
 
 
 def _no_data(axes: Any, drawn: bool, text: str = "nothing to show") -> None:
@@ -118,7 +83,7 @@ def loss_figure(comparison: Comparison, against: Literal["tokens", "time"]) -> F
     xlabel = "tokens (millions)"
     if against == "time":
         xlabel = "training time (seconds" + (", steps x measured step time)" if estimated else ")")
-    with _house_style():
+    with house_style():
         figure, axes = _new(title, xlabel, len(drawn))
         limits = curve_range([curve for curve in drawn if curve.mean])
         for curve in drawn:
@@ -136,7 +101,9 @@ def loss_figure(comparison: Comparison, against: Literal["tokens", "time"]) -> F
                     markersize=5,
                     markevery=(style.order, max(1, len(x) // 6)),
                     zorder=style.order,
-                    label=_text(f"{label(curve.row)}  {curve.mean[-1]:.3f}{'↑' if curve.mean[-1] > limits[1] else ''}"),
+                    label=wrapped(
+                        f"{label(curve.row)}  {curve.mean[-1]:.3f}{'↑' if curve.mean[-1] > limits[1] else ''}"
+                    ),
                 )
             for run in curve.broken:
                 points = [point for point in run.points if limits[0] <= point.loss <= limits[1]]
@@ -150,8 +117,8 @@ def loss_figure(comparison: Comparison, against: Literal["tokens", "time"]) -> F
         _no_data(axes, any(curve.mean for curve in drawn))
         if against == "time" and any(curve.mean for curve in drawn):
             _no_data(axes, any(curve.seconds for curve in drawn), "step times have not been measured yet")
-        _legend(figure, axes)
-        _subtitle(figure, axes, comparison.title)
+        add_legend(figure, axes)
+        write_subtitle(figure, axes, comparison.title)
     return figure
 
 
@@ -219,7 +186,7 @@ def state_figure(comparison: Comparison) -> Figure:
     """Final loss against bytes of state of the matrices, with the Pareto front; far outliers sit at the top edge."""
     points = state_points(comparison)
     look = styles(comparison)
-    with _house_style():
+    with house_style():
         figure, axes = _new("Final loss against optimizer state", "state of the matrices")
         _log_axis(axes, lambda value, _: format_bytes(round(value)).replace(".00", ""))
         low, high = robust_range((loss for _, _, loss in points), margin=0.12)
@@ -251,12 +218,12 @@ def state_figure(comparison: Comparison) -> Figure:
                 zorder=style.order,
             )
             name = label(row) if shown == loss else f"{label(row)} ↑ {loss:.3f}"
-            places.append((size, shown, _text(name, 26), style))
+            places.append((size, shown, wrapped(name, 26), style))
         _bigram(axes, comparison, (low, high))
         _no_data(axes, bool(points))
         handles, _ = axes.get_legend_handles_labels()
         figure.legend(handles=handles, loc="outside lower right", frameon=False, ncols=2)
-        _subtitle(figure, axes, comparison.title)
+        write_subtitle(figure, axes, comparison.title)
         _place_labels(figure, axes, places, [(size, loss) for _, size, loss in front])
     return figure
 
@@ -292,7 +259,7 @@ def rates_figure(comparison: Comparison) -> Figure:
     stacked: Counter[str] = Counter()
     above = any(loss > high for line in lines for _, loss in line.losses)
     shown = [row for row in comparison.rows if any(line.row is row for line in lines)]
-    with _house_style():
+    with house_style():
         key = _rates_key(lines, above)
         title = "Final loss against learning rate"
         figure, axes = _new(title, "peak learning rate of the matrices", len(shown) + len(key))
@@ -329,24 +296,26 @@ def rates_figure(comparison: Comparison) -> Figure:
         for row in shown:
             style = look[row.contestant]
             as_drawn = {"linestyle": style.line, "linewidth": style.width, "marker": style.marker, "markersize": 5}
-            names.append(Line2D([], [], color=style.colour, **as_drawn, label=_text(label(row))))
-        _legend(figure, axes, [*names, *key])
-        _subtitle(figure, axes, comparison.title)
+            names.append(Line2D([], [], color=style.colour, **as_drawn, label=wrapped(label(row))))
+        add_legend(figure, axes, [*names, *key])
+        write_subtitle(figure, axes, comparison.title)
     return figure
 
 
 def all_figures(comparison: Comparison) -> Mapping[str, Figure]:
-    """The four figures by file name."""
+    """The figures by file name; that of the momentum only where it was measured."""
+    measured = {"diagnostics.png": momentum_figure(comparison)} if comparison.momentum else {}
     return {
         "loss-tokens.png": loss_figure(comparison, "tokens"),
         "loss-time.png": loss_figure(comparison, "time"),
         "loss-state.png": state_figure(comparison),
         "learning-rates.png": rates_figure(comparison),
+        **measured,
     }
 
 
 def write_figures(comparison: Comparison, folder: Path) -> list[Path]:
-    """Draw the four figures into ``folder``, each atomically; returns their paths."""
+    """Draw the figures into ``folder``, each atomically; returns their paths."""
     paths = []
     for name, figure in all_figures(comparison).items():
 

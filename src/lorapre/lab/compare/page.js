@@ -90,7 +90,7 @@
 
   if (figures.estimated) {
     document.getElementById("time-caption").textContent =
-      "Runs shared a device, so time is steps x the training step that was measured alone.";
+      "Runs shared a device or were measured on the way, so time is steps x the training step of a run left alone.";
   }
   let waiting = 0;
   window.addEventListener("resize", () => {

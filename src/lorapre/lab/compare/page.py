@@ -13,6 +13,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from lorapre.lab.compare.diagnostics import HEADING, LAST_COLUMNS, PANELS, explanation, last_figures
 from lorapre.lab.compare.facts import (
     adamw_row,
     curve_range,
@@ -47,6 +48,8 @@ from lorapre.lab.compare.tables import (
     reasons,
 )
 from lorapre.lab.run_folder import write_text
+
+SCRIPTS = ("page_momentum.js", "page_figures.js", "page.js")
 
 #: Heading, what a sort compares, what is shown.
 Column = tuple[str, Callable[[Row], float | str | None], Callable[[Row], str]]
@@ -83,8 +86,8 @@ def page_data(comparison: Comparison) -> dict[str, Any]:
     """What the page's script draws: the comparison as it is, and what the figures derive from it, as JSON can hold it.
 
     ``figures`` holds ``styles`` of the contestants that a figure shows, ``curves`` (mean over seeds, and each run),
-    ``state`` (points and the names on the Pareto front), ``rates`` (a line for each contestant and length of run) and
-    ``ranges`` of the loss axes; losses are in nats.
+    ``state`` (points and the names on the Pareto front), ``rates`` (a line for each contestant and length of run),
+    ``ranges`` of the loss axes, and ``momentum`` (panels for the comparison's ``momentum``); losses are in nats.
     """
     estimated = time_is_estimated(comparison)
     drawn = curves(comparison)
@@ -142,6 +145,10 @@ def page_data(comparison: Comparison) -> dict[str, Any]:
             "state": robust_range((loss for _, _, loss in points), margin=0.12),
             "rates": rates_range(lines),
         },
+        "momentum": [
+            {"title": panel.title, "fields": [name for name, _ in panel.lines], "floor": panel.floor}
+            for panel in PANELS
+        ],
     }
     return {"comparison": plain(asdict(comparison)), "figures": plain(figures)}
 
@@ -220,6 +227,27 @@ def _rates(comparison: Comparison) -> str:
     return _scrolling(f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>", "learning rates")
 
 
+def _momentum(comparison: Comparison) -> str:
+    """The figure of the momentum and its last values; empty where nothing was measured."""
+    if not comparison.momentum:
+        return ""
+    heads = "".join(f'<th scope="col">{escape(text)}</th>' for text in ("contestant", *LAST_COLUMNS))
+    lines = [
+        f'<tr><th scope="row">{escape(label(row))}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+        + "</tr>"
+        for row, cells in last_figures(comparison)
+    ]
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    name = "Figures of the momentum against steps, a line for each contestant; the last values are in the table below"
+    return (
+        f'<section aria-labelledby="momentum-heading"><figure><h3 id="momentum-heading">{HEADING}</h3>'
+        f'<div class="plot tall" id="plot-momentum" role="img" aria-label="{name}"></div>'
+        f"<figcaption>{escape(explanation(comparison))}</figcaption>"
+        f"{_scrolling(table, 'the momentum at the last measured step')}</figure></section>"
+    )
+
+
 def _broken(comparison: Comparison) -> str:
     rows = [f"<b>{escape(who)}</b> {escape(how)}: {escape(why)}" for who, how, why in reasons(comparison)]
     names = {row.contestant: label(row) for row in comparison.rows}
@@ -258,6 +286,7 @@ def render_page(comparison: Comparison) -> str:
         "spread_note": escape(SPREAD_NOTE),
         "short_note": escape(SHORT_NOTE),
         "rates": _rates(comparison),
+        "momentum": _momentum(comparison),
         "broken": _section("broken-heading", "Did not finish", _broken(comparison)),
         "limitations": _section("limitations-heading", "Limitations", _list(limitations, "ol") if limitations else ""),
         "notes": _section("notes-heading", "Notes", _list(map(escape, comparison.notes)) if comparison.notes else ""),
@@ -265,7 +294,7 @@ def render_page(comparison: Comparison) -> str:
         "environment": _section("environment-heading", "Environment", _facts_of(comparison.environment)),
         "command": escape(comparison.command),
         "css": template.joinpath("page.css").read_text(encoding="utf-8"),
-        "js": "".join(template.joinpath(name).read_text(encoding="utf-8") for name in ("page_figures.js", "page.js")),
+        "js": "".join(template.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS),
         "plotly": get_plotlyjs(),
         "data": _embedded(page_data(comparison)),
     }

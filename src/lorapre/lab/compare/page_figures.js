@@ -1,7 +1,7 @@
 "use strict";
 
 /**
- * The four figures of the page.
+ * The figures of the page; that of the momentum is `makeMomentum`'s.
  *
  * `state` holds what is shown: `metric` ("loss" or "perplexity"), `hidden` (a set of contestants), `printing`.
  * Returns `drawAll`, which draws everything again, and `colour`, a contestant's in the present theme.
@@ -41,10 +41,10 @@ const makeFigures = ({ comparison, figures }, state) => {
     ...extra,
   });
 
-  /** Ticks at 1, 2 and 5 times the powers of ten within two values; at the powers alone where there is little room. */
-  const ticks = (low, high, write) => {
+  /** Ticks at 1, 2 and 5 times the powers of ten within two values; at the powers alone beyond a ratio of `most`. */
+  const ticks = (low, high, write, most = narrow() ? 60 : 3e4) => {
     const values = [];
-    const few = high / low > (narrow() ? 60 : 3e4);
+    const few = high / low > most;
     for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power += 1) {
       for (const factor of few ? [1] : [1, 2, 5]) values.push(Number(`${factor}e${power}`));
     }
@@ -53,27 +53,25 @@ const makeFigures = ({ comparison, figures }, state) => {
 
   const logRange = (values, pad) => [Math.log10(Math.min(...values)) - pad, Math.log10(Math.max(...values)) + pad];
 
-  const layout = (xaxis, range, extra = {}) => {
-    const axis = {
-      gridcolor: variable("--grid"), linecolor: variable("--line"), zeroline: false, automargin: true,
-      tickfont: { size: 13 },
-    };
-    return {
-      paper_bgcolor: "rgba(0,0,0,0)",
-      plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: FONT, color: variable("--text"), size: 13 },
-      margin: { l: narrow() ? 44 : 60, r: 12, t: narrow() ? 12 : 34, b: 48 },
-      hovermode: "closest",
-      hoverlabel: { align: "left", bgcolor: variable("--card"), bordercolor: variable("--line"), font: { color: variable("--text") } },
-      dragmode: narrow() ? false : "zoom",
-      uirevision: state.metric,
-      showlegend: false,
-      modebar: { bgcolor: "rgba(0,0,0,0)", color: variable("--muted"), activecolor: variable("--text") },
-      ...extra,
-      xaxis: { ...axis, ...xaxis },
-      yaxis: { ...axis, title: { text: state.metric === "loss" && !narrow() ? "validation loss (nats a token)" : state.metric }, range: range.map(scale), ...extra.yaxis },
-    };
-  };
+  const axis = () => ({
+    gridcolor: variable("--grid"), linecolor: variable("--line"), zeroline: false, automargin: true, tickfont: { size: 13 },
+  });
+
+  const layout = (xaxis, range, extra = {}) => ({
+    paper_bgcolor: "rgba(0,0,0,0)",
+    plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: FONT, color: variable("--text"), size: 13 },
+    margin: { l: narrow() ? 44 : 60, r: 12, t: narrow() ? 12 : 34, b: 48 },
+    hovermode: "closest",
+    hoverlabel: { align: "left", bgcolor: variable("--card"), bordercolor: variable("--line"), font: { color: variable("--text") } },
+    dragmode: narrow() ? false : "zoom",
+    uirevision: state.metric,
+    showlegend: false,
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: variable("--muted"), activecolor: variable("--text") },
+    ...extra,
+    xaxis: { ...axis(), ...xaxis },
+    yaxis: { ...axis(), title: { text: state.metric === "loss" && !narrow() ? "validation loss (nats a token)" : state.metric }, range: range.map(scale), ...extra.yaxis },
+  });
 
   const bigram = (range) => {
     const loss = comparison.bigram_loss;
@@ -282,11 +280,14 @@ const makeFigures = ({ comparison, figures }, state) => {
     }));
   };
 
+  const drawMomentum = makeMomentum({ comparison, figures }, { axis, colour, draw, hover, layout, narrow, ticks, trace, variable, wrap });
+
   const drawAll = () => {
     drawCurves("tokens");
     drawCurves("time");
     drawState();
     drawRates();
+    drawMomentum();
   };
 
   return { drawAll, colour };

@@ -31,7 +31,8 @@ class Run:
         reason: one line, empty for a finished run.
         loss: final validation loss; None unless finished.
         points: validations, in order; of a broken run those before the end.
-        shared_device: other runs used the device at the same time, so that ``Point.seconds`` is inflated.
+        shared_device: other runs used the device at the same time, or the momentum was measured on the way, so that
+            ``Point.seconds`` is inflated.
     """
 
     contestant: str
@@ -108,6 +109,36 @@ class Row:
 
 
 @dataclass(frozen=True)
+class MomentumCurve:
+    """How well the factors of one contestant followed the dense momentum, by step, at its chosen rate and first seed.
+
+    All sequences are as long as ``steps``; None stands for what no matrix has. The figures are those of
+    `lorapre.diagnostics.MomentumRecord`.
+
+    Attributes:
+        contestant: key, such as ``lorapre-adamw@0.25``.
+        matrices: number of those that were watched, one of each shape.
+        steps: at which was measured.
+        ema_error: median over the matrices, as are the next four.
+        best_error: of the best approximation at this rank.
+        outside: share of the gradient's energy outside the subspace.
+        drift: of the subspace in a step.
+        update_rms: in units of the learning rate.
+        update_max: largest over the matrices, in units of the learning rate.
+    """
+
+    contestant: str
+    matrices: int
+    steps: tuple[int, ...]
+    ema_error: tuple[float | None, ...]
+    best_error: tuple[float | None, ...]
+    outside: tuple[float | None, ...]
+    drift: tuple[float | None, ...]
+    update_rms: tuple[float | None, ...]
+    update_max: tuple[float | None, ...]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Everything that a report shows.
 
@@ -121,6 +152,7 @@ class Comparison:
         rows: the best first; those without a loss last.
         runs: all, search and final.
         notes: sentences to print under the table: plan, budget, what was cut.
+        momentum: of the contestants that were measured, in the order of the rows.
     """
 
     title: str
@@ -131,3 +163,4 @@ class Comparison:
     rows: tuple[Row, ...]
     runs: tuple[Run, ...]
     notes: tuple[str, ...]
+    momentum: tuple[MomentumCurve, ...] = ()

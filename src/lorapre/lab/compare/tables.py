@@ -14,6 +14,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from lorapre.lab.compare.diagnostics import HEADING, LAST_COLUMNS, explanation, last_figures
 from lorapre.lab.compare.facts import full_length, headlines, label, loss_text, not_run_yet, short_rates
 from lorapre.lab.compare.results import Comparison, Row
 from lorapre.lab.run_folder import write_json, write_text
@@ -114,6 +115,15 @@ def _bullets(heading: str, items: list[str]) -> list[str]:
     return ["", f"## {heading}", "", *(f"- {item}" for item in items)] if items else []
 
 
+def _momentum(comparison: Comparison) -> list[str]:
+    """How the factors stood at the last measured step; nothing where none was measured."""
+    if not comparison.momentum:
+        return []
+    lines = [f"| {' | '.join(('', *LAST_COLUMNS))} |", "|---|" + "---:|" * len(LAST_COLUMNS)]
+    lines += [f"| {' | '.join((_cell(label(row)), *cells))} |" for row, cells in last_figures(comparison)]
+    return ["", f"## {HEADING}", "", *lines, "", f"At the last measured step. {explanation(comparison)}"]
+
+
 def markdown(comparison: Comparison) -> str:
     """Headlines, the table, and under it what a reader needs to judge it or make it again."""
     notes = footnotes(comparison)
@@ -156,6 +166,7 @@ def markdown(comparison: Comparison) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", f"{SPREAD_NOTE} Bigram model: {comparison.bigram_loss:.3f}."]
     lines += [SHORT_NOTE] if any("†" in _rate_cell(comparison, row) for row in comparison.rows) else []
+    lines += _momentum(comparison)
     lines += _bullets("Did not finish", [_cell(f"{who} {how}: {why}") for who, how, why in reasons(comparison)])
     if notes:
         lines += ["", "## Limitations", "", *(f"{number}. {_cell(text)}" for text, number in notes.items())]
