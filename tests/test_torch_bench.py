@@ -2,7 +2,8 @@
 """Our optimizers on the bench that PyTorch tests its own optimizers on: OptimizerInfo, `optims`, device types.
 
 The checks are ours, after the list of those in PyTorch's test/test_optim.py that apply to these optimizers.
-LORAPRE_TEST_DEVICE does not matter here: the bench instantiates every device type that there is.
+LORAPRE_TEST_DEVICE does not matter here: the bench instantiates every device type that there is. It does so for one
+class, of all its tests, which is why this file is long.
 """
 
 from __future__ import annotations
