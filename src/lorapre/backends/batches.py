@@ -17,7 +17,7 @@ MAX_SCRATCH_NUMEL = 2**26
 
 #: The same on a CPU, whose caches hold such pieces, and whose allocator hands the same memory out again: larger
 #: buffers are new pages each time, and a step takes up to twice as long.
-CACHED_NUMEL = 2**20
+CACHED_NUMEL = 2**21
 
 
 def scratch_numel(device: torch.device) -> int:
