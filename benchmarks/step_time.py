@@ -4,9 +4,9 @@
     python benchmarks/step_time.py --models llama-1b --ranks 32,128,512 --dtypes float32,bfloat16 --muon --out DIR
 
 Weights are the matrices of the layers alone, with random gradients that stay. Every optimizer is timed in turn, round
-after round, so that what else the machine does falls on all of them; a figure is the median of the rounds. On a GPU the
-times are CUDA events, and a step's launches and the memory that it needs on top are counted. Writes ``step_time.json``
-(a row a model, dtype, optimizer and rank) and ``table.md``.
+after round, so that what else the machine does falls on all of them; a figure is the median over the rounds of the best
+of three. On a GPU the times are CUDA events, and a step's launches and the memory that it needs on top are counted.
+Writes ``step_time.json`` (a row a model, dtype, optimizer and rank) and ``table.md``.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def counted(step: Callable[[], object], device: torch.device) -> tuple[int | Non
 def measure(
     model: str, dtype: torch.dtype, ranks: list[int], rounds: int, device: torch.device, *, muon: bool
 ) -> list[Timing]:
-    """All optimizers on one model and dtype. Each has weights of its own while it is timed, and none before."""
+    """All optimizers on one model and dtype, on the same weights; each is made anew in every round."""
     times: dict[tuple[str, int | None], list[float]] = {}
     counts: dict[tuple[str, int | None], tuple[int | None, int | None]] = {}
     params = matrices(model, dtype, device)

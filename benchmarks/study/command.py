@@ -20,9 +20,8 @@ from study.rows import Rows
 from study.session import Session, say
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = {
-    name: ROOT / "benchmarks" / "results" / "study" / ("" if name == "main" else name) for name in ("main", "variants")
-}
+STUDY = ROOT / "benchmarks" / "results" / "study"
+RESULTS = {"main": STUDY, "variants": STUDY / "variants"}
 #: Figures that a page of the documentation shows; a page can only show what lies beside it.
 SHOWN = {RESULTS["main"] / "curves.png": "study-curves.png", RESULTS["variants"] / "gain.png": "study-gain.png"}
 

@@ -8,6 +8,8 @@ from fractions import Fraction
 from typing import Any
 
 from lorapre.lab.compare.style import BLACK, LINES, MARKERS, OTHERS, OURS
+from lorapre.lab.optimizers import OPTIMIZERS
+from lorapre.lab.optimizers.options import defaults
 from study.rows import Row
 
 GREY = "#666666"
@@ -25,17 +27,12 @@ NAMES = {
 }
 #: A form that did not survive the study: its rows are kept, its code is not.
 FACTORS = "LoRA-Pre Muon, by factors"
-#: What the figures take for granted; everything else about our own is said.
-DEFAULT_GAIN = 4.0
-DEFAULT_SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    "lorapre-adamw": {
-        "second_moment": "rank1",
-        "state_dtype": None,
-        "regression": "subspace",
-        "update_clipping": False,
-    },
-    "lorapre-muon": {"momentum": 0.9, "normalization": "longer_side", "state_dtype": None, "regression": "subspace"},
+#: Settings of our own that the figures take for granted, the library's defaults; everything else is said.
+USUAL: Mapping[str, Mapping[str, Any]] = {
+    name: defaults(OPTIMIZERS[name].options) for name in ("lorapre-adamw", "lorapre-muon")
 }
+#: Of both.
+DEFAULT_GAIN = float(USUAL["lorapre-adamw"]["residual_gain"])
 #: Colours of those that are drawn in every figure; rivals cool, ours warm, as in `lorapre compare`.
 COLOURS = {
     "AdamW": BLACK[0],
@@ -86,12 +83,12 @@ def rank_name(row: Row) -> str:
 
 
 def extras(row: Row) -> list[str]:
-    """Settings that are not those of `DEFAULT_SETTINGS`, and a gain that follows the learning rate."""
-    usual = DEFAULT_SETTINGS.get(row["optimizer"], {})
-    found = [
-        _said(name, row["settings"][name]) for name in usual if row["settings"].get(name, usual[name]) != usual[name]
-    ]
-    return found + (["gain falls"] if "residual_gain_follows" in row["settings"] else [])
+    """Settings that are not `USUAL`, besides the gain, and a gain that follows the learning rate."""
+    usual, settings = USUAL.get(row["optimizer"], {}), row["settings"]
+    varied = [name for name in usual if name != "residual_gain" and settings.get(name, usual[name]) != usual[name]]
+    return [_said(name, settings[name]) for name in varied] + (
+        ["gain falls"] if "residual_gain_follows" in settings else []
+    )
 
 
 def _said(name: str, value: Any) -> str:

@@ -13,7 +13,7 @@ from study.rows import Best, Rows
 KEPT = (
     "model", "tokens", "stage", "contestant", "optimizer", "options", "settings", "rank", "d", "lr", "seed",
     "batch_size", "sequence_length", "valid_tokens", "dense_lr", "loss", "state_bytes", "update_rms_5", "update_max_5",
-    "largest_rise", "hardware", "date", "versions", "note",
+    "largest_rise", "largest_rise_step", "hardware", "date", "versions", "note",
 )  # fmt: skip
 
 HEADER = (

@@ -132,8 +132,8 @@ class Trainer:
             losses[step] = loss.detach()
             nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             before = [weight.detach().clone() for weight in matrices] if step + 1 == EARLY_STEP else None
-            if share(step) < share(step - 1):  # never in the warm-up
-                for group, gain in zip(optimizer.param_groups, gains, strict=False):
+            if gains and share(step) < share(step - 1):  # never in the warm-up
+                for group, gain in zip(optimizer.param_groups, gains, strict=True):
                     group["residual_gain"] = gain * share(step)
             try:
                 optimizer.step()
@@ -151,12 +151,14 @@ class Trainer:
                 curve.append(((step + 1) * config.tokens_per_step, loss_now))
                 final = loss_now if last else None
         _forget_gradients(parameters)
+        rise, rise_step = (None, None) if final is None else largest_rise(losses.cpu())
         return {
             "loss": final,
             "curve": curve,
             "update_rms_5": None if update is None else float(update[0]),
             "update_max_5": None if update is None else float(update[1]),
-            **({"largest_rise": None} if final is None else largest_rise(losses.cpu())),
+            "largest_rise": rise,
+            "largest_rise_step": rise_step,
         }
 
     def _validate(self, model: _Model) -> float:
@@ -215,16 +217,16 @@ def update_size(before: list[Tensor], after: list[nn.Parameter], lr: float) -> T
     return torch.stack([(squares / sum(update.numel() for update in updates)).sqrt(), largest]) / lr
 
 
-def largest_rise(losses: Tensor) -> dict[str, float | None]:
-    """How far the training loss (S,) ever rose above the mean of the 20 steps before, and when, after 60 steps.
+def largest_rise(losses: Tensor) -> tuple[float | None, int | None]:
+    """How far the training loss (S,) ever rose above the mean of the 20 steps before, and at which, after 60 steps.
 
     None of a run of fewer than 80.
     """
     if len(losses) < 80:
-        return {"largest_rise": None}
+        return None, None
     means = losses.unfold(0, 20, 1).mean(dim=1)[40:-1]
     rises = losses[60:] - means
-    return {"largest_rise": round(float(rises.max()), 4), "largest_rise_step": 60 + int(rises.argmax())}
+    return round(float(rises.max()), 4), 60 + int(rises.argmax())
 
 
 def parse(contestant: str, model: nn.Module) -> Contestant:

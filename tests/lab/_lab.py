@@ -95,6 +95,33 @@ class Outcome:
 Cli = Callable[..., Outcome]
 
 
+#: A comparison of about a second a run: two rates at a quarter of the length, the better one in full.
+SMALL_COMPARISON: dict[str, Any] = {
+    "model": "tiny.json",
+    "data": "text.txt",
+    "tokenizer": "bpe:300",
+    "batch_size": 8,
+    "sequence_length": 16,
+    "steps": 12,
+    "log_every": 1,
+    "valid_tokens": 200,
+    "optimizers": "lorapre-adamw,adamw",
+    "lr_grid": "x1,x4",
+    "search": "quick",
+}
+
+
+def make_comparison(work: Path, cache: Path, given: Sequence[str], **model: Any) -> Path:
+    """The folder of the finished comparison that ``given`` asks for, in ``work``; ``model`` changes ``tiny.json``."""
+    write_model(work / "tiny.json", **model)
+    write_text(work / "text.txt", sentences(60))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(work)
+        patch.setenv("LORAPRE_CACHE", str(cache))
+        assert exit_code("compare", *given, "--out", "out") == 0
+    return work / "out"
+
+
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> Outcome:
     """``lorapre pretrain ARGUMENTS`` in this process; an exception that is not an exit is the test's."""
     capsys.readouterr()

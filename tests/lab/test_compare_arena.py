@@ -16,7 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from _lab import Outcome, exit_code, options, records, sentences, summary, timeless, write_model, write_text
+from _lab import (
+    SMALL_COMPARISON,
+    Outcome,
+    exit_code,
+    make_comparison,
+    options,
+    records,
+    summary,
+    timeless,
+)
 from rich.cells import cell_len
 from rich.console import Console
 from transformers import AutoModelForCausalLM
@@ -35,19 +44,7 @@ from lorapre.lab.timing import WARM_UP_STEPS, summarise
 Compare = Callable[..., Outcome]
 
 #: Two optimizers, two rates at a quarter, the better one in full: six runs of about a second.
-SMALL = options(
-    model="tiny.json",
-    data="text.txt",
-    tokenizer="bpe:300",
-    batch_size=8,
-    sequence_length=16,
-    steps=12,
-    log_every=1,
-    valid_tokens=200,
-    optimizers="lorapre-adamw,adamw",
-    lr_grid="x1,x4",
-    search="quick",
-)
+SMALL = options(**SMALL_COMPARISON)
 
 
 @pytest.fixture
@@ -66,14 +63,7 @@ def compare(here: Path, capfd: pytest.CaptureFixture[str]) -> Compare:
 @pytest.fixture(scope="module")
 def small(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished comparison ``SMALL``."""
-    work = tmp_path_factory.mktemp("small")
-    write_model(work / "tiny.json")
-    write_text(work / "text.txt", sentences(60))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(work)
-        patch.setenv("LORAPRE_CACHE", str(lab / "cache"))
-        assert exit_code("compare", *SMALL, "--out", "out") == 0
-    return work / "out"
+    return make_comparison(tmp_path_factory.mktemp("small"), lab / "cache", SMALL)
 
 
 def run_folders(out: Path) -> set[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from _comparison import fake_comparison
-from _lab import exit_code, options, sentences, summary, write_model, write_text
+from _lab import SMALL_COMPARISON, exit_code, make_comparison, options, summary
 from matplotlib.axes import Axes
 
 from lorapre.lab.compare import arena, figures, page, tables
@@ -25,34 +25,16 @@ from lorapre.lab.compare.style import styles
 FIELDS = ("ema_error", "best_error", "outside", "drift", "update_rms")
 OURS = ("lorapre-adamw@0.25", "lorapre-muon@0.25")
 #: A quarter of the length with two rates, then the better one in full; three shapes of matrices.
-MEASURED = options(
-    model="tiny.json",
-    data="text.txt",
-    tokenizer="bpe:300",
-    batch_size=8,
-    sequence_length=16,
-    steps=12,
-    log_every=1,
-    valid_tokens=200,
-    optimizers="lorapre-adamw,lorapre-muon,adamw",
-    lr_grid="x1,x4",
-    search="quick",
-    diagnose=3,
-)
+MEASURED = options(**{**SMALL_COMPARISON, "optimizers": "lorapre-adamw,lorapre-muon,adamw", "diagnose": 3})
 
 
 @pytest.fixture(scope="module")
 def measured(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The finished comparison ``MEASURED``."""
     work = tmp_path_factory.mktemp("measured")
-    write_model(work / "tiny.json", intermediate_size=80)
-    write_text(work / "text.txt", sentences(60))
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(work)
-        patch.setenv("LORAPRE_CACHE", str(lab / "cache"))
         patch.setattr(arena, "TIMING_STEPS", 9)
-        assert exit_code("compare", *MEASURED, "--out", "out") == 0
-    return work / "out"
+        return make_comparison(work, lab / "cache", MEASURED, intermediate_size=80)
 
 
 def full_run(out: Path, contestant: str) -> Path:

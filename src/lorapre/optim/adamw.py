@@ -129,7 +129,8 @@ class LoRAPreAdamW(DenseAdamW):
             rank = group["second_moment_rank"]
             state |= self._init_momentum(param, view if rank is None else with_rank(view, rank), group, key, "v")
         elif group["second_moment"] == "rank1":
-            state |= self._init_means(param, view, group)
+            state["v_row"] = self._init_average(param, view, group, view.p)
+            state["v_col"] = self._init_average(param, view, group, view.q)
         else:
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         return state

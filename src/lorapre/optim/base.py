@@ -151,13 +151,10 @@ class FactoredOptimizer(Optimizer):
         )
         return {f"{name}_B": torch.zeros(view.left_shape, dtype=dtype, device=device), f"{name}_A": right}
 
-    def _init_means(self, param: Tensor, view: MatrixView, group: Group) -> dict[str, Tensor]:
-        """``v_row`` (p) and ``v_col`` (q), a rank-1 second moment; with a dimension more for stacks."""
-        dtype, batch = self._state_dtype(param, group), view.left_shape[:-2]
-        return {
-            "v_row": torch.zeros((*batch, view.p), dtype=dtype, device=param.device),
-            "v_col": torch.zeros((*batch, view.q), dtype=dtype, device=param.device),
-        }
+    def _init_average(self, param: Tensor, view: MatrixView, group: Group, size: int) -> Tensor:
+        """Zeros, ``size`` of them for each matrix: averages over its rows or columns."""
+        shape = (*view.left_shape[:-2], size)
+        return torch.zeros(shape, dtype=self._state_dtype(param, group), device=param.device)
 
     @staticmethod
     def _regressor(group: Group) -> Regressor:

@@ -10,12 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lorapre.backends.batches import Bucket
-from lorapre.backends.eager_muon import (
-    MuonHyperparameters,
-    Normalization,
-    ShapeScale,
-    lorapre_muon,
-)
+from lorapre.backends.eager_muon import MuonHyperparameters, Normalization, ShapeScale, lorapre_muon
 from lorapre.factors import Regression
 from lorapre.optim.base import Group, keywords
 from lorapre.optim.checks import check_betas, check_choice, check_momentum
@@ -123,8 +118,7 @@ class LoRAPreMuon(DenseAdamW):
         if group["normalization"] != "none":
             by_row = group["normalization"] == "rows" or view.p >= view.q
             key, size = ("u_row", view.p) if by_row else ("u_col", view.q)
-            shape = (*view.left_shape[:-2], size)
-            state[key] = torch.zeros(shape, dtype=self._state_dtype(param, group), device=param.device)
+            state[key] = self._init_average(param, view, group, size)
         return state
 
     def _step_bucket(self, bucket: Bucket, group: Group) -> None:
