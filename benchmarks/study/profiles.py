@@ -11,8 +11,13 @@ MUON_RATES = (2.5e-3, 5e-3)
 DECAYING = " decaying"
 
 
-def _adam(gain: float | None, rank: str, more: str = "") -> str:
-    return f"lorapre-adamw+residual_gain={'null' if gain is None else gain}{more}@{rank}"
+def _adam(gain: float | None, rank: str, more: str = "", *, clipping: bool = True) -> str:
+    options = f"residual_gain={'null' if gain is None else gain}+update_clipping={str(clipping).lower()}"
+    return f"lorapre-adamw+{options}{more}@{rank}"
+
+
+def _loose(gain: float | None, rank: str, more: str = "") -> str:
+    return _adam(gain, rank, more, clipping=False)
 
 
 def _muon(gain: float | None, rank: str, *, momentum: float = 0.9, normalization: str = "longer_side") -> str:
@@ -87,26 +92,29 @@ MAIN = Profile(
         "adamw": (1e-3, 2e-3),
         "muon": MUON_RATES,
         _muon(4.0, "1/4"): (5e-3, 1e-2),
-        _adam(4.0, "1/4"): (2e-3, 4e-3),
-        _adam(4.0, "1/32"): (1e-3, 2e-3),
+        _adam(4.0, "1/4"): (4e-3, 8e-3),
+        _adam(4.0, "1/32"): (2e-3, 4e-3),
         _muon(4.0, "1/32"): (1e-2,),
-        _adam(4.0, "1/32", "+update_clipping=true"): (2e-3, 4e-3),
-        _adam(4.0, "1/4", "+update_clipping=true"): (4e-3, 8e-3),
-        _adam(4.0, "1/32") + DECAYING: (2e-3,),
+        "stable-adamw": (2e-3, 4e-3),
+        _loose(4.0, "1/4"): (2e-3, 4e-3),
+        _loose(4.0, "1/32"): (1e-3, 2e-3),
+        _loose(4.0, "1/32") + DECAYING: (1e-3, 2e-3),
         "apollo@1/4": (2.5e-3, 5e-3, 1e-2),
         "galore@1/4": (1e-2, 2e-2),
         "fira@1/4": (5e-3, 1e-2),
-        _adam(2.0, "1/32"): (5e-4, 1e-3),
-        _adam(1.0, "1/32"): (1e-3, 2e-3),
-        _adam(1.0, "1/4"): (1e-3, 2e-3),
+        _loose(2.0, "1/32"): (5e-4, 1e-3),
+        _loose(1.0, "1/32"): (1e-3, 2e-3),
+        _loose(1.0, "1/4"): (1e-3, 2e-3),
         _muon(1.0, "1/4", momentum=0.95, normalization="none"): MUON_RATES,
         _muon(1.0, "1/32", momentum=0.95, normalization="none"): MUON_RATES,
         "adam-beta1-0": (1e-3, 2e-3),
         "lorapre-adamw-paper@1/4": (2.5e-4, 5e-4, 1e-3),
         "lorapre-muon-paper@1/4": (1e-2, 2e-2),
-        _adam(4.0, "1/4", "+second_moment=full"): (2e-3,),
-        _adam(4.0, "1/4", "+second_moment=hadamard"): (2e-3,),
-        _adam(4.0, "1/4", "+state_dtype=bfloat16"): (2e-3,),
+        _adam(2.0, "1/32"): (2e-3,),
+        _adam(8.0, "1/4"): (4e-3,),
+        _adam(4.0, "1/4", "+second_moment=full"): (4e-3,),
+        _adam(4.0, "1/4", "+second_moment=hadamard"): (4e-3,),
+        _adam(4.0, "1/4", "+state_dtype=bfloat16"): (4e-3,),
     },
     finalists=FINALISTS,
     long=FINALISTS,
@@ -123,29 +131,31 @@ VARIANTS = Profile(
         "adam-beta1-0": ADAM_RATES[:2],
         "muon": MUON_RATES,
         # The gain, by rank.
-        _adam(None, "1/32"): ADAM_RATES[:2],
-        _adam(0.3, "1/32"): ADAM_RATES[:2],
-        _adam(1.0, "1/32"): ADAM_RATES[:2],
-        _adam(2.0, "1/32"): ADAM_RATES[:2],
+        _loose(None, "1/32"): ADAM_RATES[:2],
+        _loose(0.3, "1/32"): ADAM_RATES[:2],
+        _loose(1.0, "1/32"): ADAM_RATES[:2],
+        _loose(2.0, "1/32"): ADAM_RATES[:2],
+        _loose(4.0, "1/32"): ADAM_RATES[:2],
+        _loose(8.0, "1/32"): ADAM_RATES[:2],
+        _loose(1.0, "1/4"): ADAM_RATES[:2],
+        _loose(2.0, "1/4"): ADAM_RATES[1:],
+        _loose(4.0, "1/4"): ADAM_RATES[1:],
+        _loose(8.0, "1/4"): ADAM_RATES[1:],
+        _loose(4.0, "1"): ADAM_RATES[:2],
+        _loose(4.0, "4"): ADAM_RATES[:2],
+        _loose(4.0, "16"): ADAM_RATES[:2],
+        _loose(4.0, "128"): ADAM_RATES[1:],
+        _loose(4.0, "1/32") + DECAYING: ADAM_RATES[:2],
+        _loose(1.0, "1/32") + DECAYING: ADAM_RATES[:2],
+        _loose(1.0, "1/4") + DECAYING: ADAM_RATES[:2],
         _adam(4.0, "1/32"): ADAM_RATES[:2],
-        _adam(8.0, "1/32"): ADAM_RATES[:2],
-        _adam(1.0, "1/4"): ADAM_RATES[:2],
-        _adam(2.0, "1/4"): ADAM_RATES[1:],
         _adam(4.0, "1/4"): ADAM_RATES[1:],
-        _adam(8.0, "1/4"): ADAM_RATES[1:],
-        _adam(4.0, "1"): ADAM_RATES[:2],
-        _adam(4.0, "4"): ADAM_RATES[:2],
-        _adam(4.0, "16"): ADAM_RATES[:2],
-        _adam(4.0, "128"): ADAM_RATES[1:],
-        _adam(4.0, "1/32") + DECAYING: ADAM_RATES[:2],
-        _adam(1.0, "1/32") + DECAYING: ADAM_RATES[:2],
-        _adam(1.0, "1/4") + DECAYING: ADAM_RATES[:2],
-        _adam(4.0, "1/32", "+update_clipping=true"): ADAM_RATES[:2],
         # Other state.
-        _adam(4.0, "1/32", "+second_moment=full"): ADAM_RATES[:2],
-        _adam(4.0, "1/32", "+second_moment=hadamard"): ADAM_RATES[:2],
-        _adam(4.0, "1/32", "+regression=tangent"): ADAM_RATES[:2],
-        _adam(4.0, "1/32", "+state_dtype=bfloat16"): ADAM_RATES[:2],
+        _adam(4.0, "1/32", "+second_moment=full"): ADAM_RATES[1:],
+        _adam(4.0, "1/32", "+second_moment=hadamard"): ADAM_RATES[1:],
+        _adam(4.0, "1/32", "+regression=tangent"): ADAM_RATES[1:],
+        _adam(4.0, "1/4", "+regression=tangent"): ADAM_RATES[1:],
+        _adam(4.0, "1/32", "+state_dtype=bfloat16"): ADAM_RATES[1:],
         # Muon: the paper's and torch's momentum, a shorter one, even rows.
         _muon(None, "1/4", momentum=0.95, normalization="none"): MUON_RATES,
         _muon(0.3, "1/4", momentum=0.95, normalization="none"): MUON_RATES,

@@ -56,6 +56,12 @@ def adamw(W: Tensor, G: Tensor, state: State, t: int, lr: float, run: Run) -> Te
     return (1 - lr * run.weight_decay) * W - lr * adam(G, state, t, run)
 
 
+def stable_adamw(W: Tensor, G: Tensor, state: State, t: int, lr: float, run: Run) -> Tensor:
+    update = adam(G, state, t, run)
+    lr /= max(1.0, rms(G / (state["v"] / (1 - run.beta2**t)).sqrt()))
+    return (1 - lr * run.weight_decay) * W - lr * update
+
+
 def adam_beta1_0(W: Tensor, G: Tensor, state: State, t: int, lr: float, run: Run) -> Tensor:
     v = ema(state, "v", G * G, run.beta2) / (1 - run.beta2**t)
     return (1 - lr * run.weight_decay) * W - lr * G / (v.sqrt() + 1e-8)

@@ -17,6 +17,7 @@ from lorapre.lab.errors import UserError
 
 FORMULAS: dict[str, Formula] = {
     "adam-beta1-0": formulas.adam_beta1_0,
+    "stable-adamw": formulas.stable_adamw,
     "muon": formulas.muon,
     "adafactor": formulas.adafactor,
     "sgd": formulas.sgd,

@@ -88,7 +88,7 @@ class LoRAPreAdamW(DenseAdamW):
         bias_correction: Literal["paper", "exact"] = "exact",
         eps_mode: Literal["absolute", "relative"] = "relative",
         bounded: bool = True,
-        update_clipping: bool = False,
+        update_clipping: bool = True,
         scale: float = 1.0,
         view_3d: View3D = "stack",
         state_dtype: torch.dtype | None = None,

@@ -1,4 +1,4 @@
-"""Rivals with packages of their own: AdamW with 8-bit state, Flora, Adam-mini, CAME and LoRA-RITE."""
+"""Rivals with packages of their own: AdamW with 8-bit state or clipped updates, Flora, Adam-mini, CAME, LoRA-RITE."""
 
 from __future__ import annotations
 
@@ -46,6 +46,12 @@ def _torchao(model: nn.Module, config: PretrainConfig, lr: float, dense_lr: floa
     split = split_parameters(model, rank=None, dense_lr=dense_lr)
     part = (make_imported("torchao.optim", "AdamW8bit", **adam_options(config, lr)), full_rank_groups(split))
     return beside_adamw(part, split.dense, config, lr)
+
+
+def _stable_adamw(model: nn.Module, config: PretrainConfig, lr: float, dense_lr: float) -> ClassAndKwargs:
+    split = split_parameters(model, rank=None, dense_lr=dense_lr)
+    make = make_imported("pytorch_optimizer", "StableAdamW", **adam_options(config, lr))
+    return beside_adamw((make, full_rank_groups(split)), split.dense, config, lr)
 
 
 def _bitsandbytes(model: nn.Module, config: PretrainConfig, lr: float, dense_lr: float) -> ClassAndKwargs:
@@ -166,6 +172,17 @@ ENTRIES = (
         ranked=False,
         package="bitsandbytes",
         limitations="All matrices of a device share the two code tables, 2 kB that are counted for each here.",
+    ),
+    OptimizerEntry(
+        name="stable-adamw",
+        title="StableAdamW",
+        source="arXiv 2304.13013; pytorch-optimizer",
+        build=_stable_adamw,
+        state_bytes=lambda p, q, r: 4 * 2 * p * q,
+        default_lr=2e-3,
+        ranked=False,
+        package="pytorch-optimizer",
+        limitations="A clipped update takes weight decay down with it; bfloat16 weights are summed after Kahan.",
     ),
     OptimizerEntry(
         name="flora",
