@@ -96,22 +96,17 @@ class Session:
             say(f"{len(failed)} runs failed; the same command tries them again.")
 
     def estimate(self, run: Run) -> float:
-        """Seconds that ``run`` should take, by the last run of the same optimizer and model, or else by the median one.
+        """Seconds that ``run`` should take: as its optimizer's last run on the model, or else as all runs on it.
 
-        Where a model was never run, by the slowest of all runs and the operations of both models; 0 where no run was.
+        Where the model was never run, as the optimizer's runs on others, or else all runs, by the operations of both
+        models; 0 where no run was.
         """
-        rows = self._rows.all
-        same = [row for row in rows if (row["model"], row["contestant"]) == (run.model, run.contestant)]
-        model = [row for row in rows if row["model"] == run.model]
-        pace = [row["seconds"] / row["tokens"] for row in same[-1:] or model if row["loss"] is not None]
-        if pace:
-            return run.tokens * median(pace)
-        pace = [
-            row["seconds"] / row["tokens"] * operations(run.model) / operations(row["model"])
-            for row in rows
-            if row["loss"] is not None
-        ]
-        return run.tokens * max(pace, default=0.0)
+        rows = [row for row in self._rows.all if row["loss"] is not None]
+        same = [row for row in rows if row["contestant"] == run.contestant]
+        known = [row for row in same if row["model"] == run.model][-1:]
+        known = known or [row for row in rows if row["model"] == run.model] or same or rows
+        pace = [row["seconds"] / row["tokens"] * operations(run.model) / operations(row["model"]) for row in known]
+        return run.tokens * median(pace) if pace else 0.0
 
 
 @cache

@@ -25,6 +25,7 @@ Beyond the paper:
     (11)  M' = beta m_B m_A + (1 - beta) G,  U = orth(M' m_A^T),  m_B m_A <- U U^T M',  m_A m_A^T = I
     (12)  m_t = (beta1 m_B m_A + (1 - beta1) P + c (G - P)) / max(1, c),  P the part of G in the row space of m_A
     (13)  v_t = beta2 v_r v_c / mean(v_r) + (1 - beta2) G^2,  v_r and v_c averages of G^2's row and column means
+    (14)  the update is divided by max(1, RMS(G / sqrt(vhat_t))),  0 / 0 being 0 (StableAdamW, arXiv 2304.13013)
 
 Shapes throughout: ``W``, ``G`` are (p, q); the left factors ``m_B``, ``v_B`` are (p, r); the right factors
 ``m_A``, ``v_A`` are (r, q).
@@ -201,7 +202,7 @@ def lorapre_adam_step(
     The rest is beyond the paper: ``regression="subspace"`` is equation (11), ``residual_gain`` c of (12), and
     ``state`` may hold the second moment of (13), or Adam's own, in full. A relative ``eps`` is in units of the
     matrix's root mean vhat. ``bounded`` limits |mhat| / sqrt(vhat) to 1 / sqrt(1 - beta2), and to 0 where vhat is 0.
-    ``update_clipping`` divides the update by max(1, RMS(G / sqrt(vhat))).
+    ``update_clipping`` is equation (14).
     """
     state.step += 1
     correction = first_moment_correction(beta1, state.step)
@@ -243,7 +244,7 @@ def lorapre_adam_step(
         limit = 1 / math.sqrt(1 - beta2)
         update = torch.where(v_hat > 0, update.clamp(-limit, limit), 0.0)
     if update_clipping:
-        update = update / max(1.0, (G / (v_hat.sqrt() + eps)).nan_to_num(0.0).square().mean().sqrt().item())
+        update = update / max(1.0, (G / v_hat.sqrt()).nan_to_num(0.0).square().mean().sqrt().item())
     return W - lr * (scale * update + weight_decay * W)
 
 

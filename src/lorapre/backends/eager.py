@@ -51,15 +51,17 @@ def _adamw_piece(piece: Piece, hyper: AdamHyperparameters) -> None:
     denominator = v_hat.sqrt_()
     if hyper.bounded:
         torch.threshold_(denominator, 0.0, math.inf)  # where v is 0 nothing moves; a mask takes three times as long
+    rate: Coefficient = piece.on * hyper.lr * hyper.scale
+    if hyper.update_clipping:
+        whole = denominator if hyper.bounded else denominator.masked_fill(denominator == 0, math.inf)
+        surprise = piece.G.div_(whole)  # the gradients are not needed any more
+        norm = torch.linalg.vector_norm(surprise, dim=(-2, -1), keepdim=True)
+        rate = rate / (norm / surprise[0].numel() ** 0.5).clamp_(min=1.0)  # (n, 1, 1)
     m.div_(denominator.add_(eps))
     if hyper.bounded:
         limit = factors.update_bound(hyper.beta2)
         m.clamp_(-limit, limit)
-    if hyper.update_clipping:
-        surprise = piece.G.div_(denominator)  # the gradients are not needed any more
-        root_mean_square = torch.linalg.vector_norm(surprise, dim=(-2, -1), keepdim=True) / surprise[0].numel() ** 0.5
-        m.div_(root_mean_square.clamp_(min=1.0))
-    m.mul_(-piece.on * hyper.lr * hyper.scale)
+    m.mul_(-rate)
     piece.apply(m, 1.0 - piece.on * hyper.lr * hyper.weight_decay, scratch=denominator)
 
 

@@ -23,7 +23,7 @@ class LoRAPreAdamW(DenseAdamW):
 
     Each step forms m_t from the momentum of step t - 1 and the whole gradient, so the weight update is full-rank, and
     then moves the factors towards the new average. A matrix of shape (p, q) costs (p + q) (r + 1) numbers of state
-    instead of AdamW's 2 p q. The defaults are equations (11) to (13) of `lorapre.reference`; `paper` is Algorithm 1.
+    instead of AdamW's 2 p q. The defaults are equations (11) to (14) of `lorapre.reference`; `paper` is Algorithm 1.
 
     Matrices with min(p, q) > rank are compressed, stacks of matrices (3-D) one by one, convolutions as
     (out, in * kernel). All other parameters take torch's own AdamW with the same lr, betas, eps and weight decay.
@@ -54,8 +54,8 @@ class LoRAPreAdamW(DenseAdamW):
             gradient's scale, or "absolute", in the units of the gradient, as in Adam. Dense parameters take Adam's.
         bounded: no element of a compressed matrix's m / sqrt(v) exceeds 1 / sqrt(1 - beta2), and
             where v is 0 (a column that never had a gradient) nothing moves, as under Adam.
-        update_clipping: divide the update of a compressed matrix by max(1, RMS of G / sqrt(v)), as StableAdamW does
-            (arXiv 2304.13013): a gradient that v did not expect moves the weights no further than others.
+        update_clipping: divide the update of a compressed matrix by max(1, RMS of G / sqrt(v)) (14), as StableAdamW
+            does (arXiv 2304.13013): a gradient that v did not expect moves the weights no further than others.
         scale: multiplies the update of compressed matrices, not their weight decay; GaLore and the paper use 0.25.
         view_3d: a 3-D weight is a "stack" of matrices, or to be flattened to (out, in * kernel): "flatten".
         state_dtype: dtype of the state; None is the parameter's own, but at least float32.
