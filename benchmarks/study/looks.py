@@ -92,7 +92,10 @@ def extras(row: Row) -> list[str]:
 
 
 def _said(name: str, value: Any) -> str:
-    words = {"normalization": {"none": "not evened out", "rows": "even rows"}}
+    words = {
+        "normalization": {"none": "not evened out", "rows": "even rows"},
+        "update_clipping": {True: "clipped", False: "not clipped"},
+    }
     return words.get(name, {}).get(value, f"{name.replace('_', ' ')} {value}")
 
 

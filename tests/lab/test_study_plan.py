@@ -450,4 +450,6 @@ def test_the_estimate_of_a_model_that_never_ran_grows_with_its_operations(tmp_pa
     count = {name: n * (4 * d * d + 3 * d * m + 2 * d) + d + 32_000 * d for name, (n, d, m) in weights.items()}
     assert {name: operations(name) for name in count} == count
     larger = session.estimate(replace(run, model="llama-60m"))
-    assert larger == pytest.approx(80 * count["llama-60m"] / count["llama-20m"])
+    assert larger == pytest.approx(50 * count["llama-60m"] / count["llama-20m"])
+    unknown = session.estimate(replace(run, model="llama-60m", contestant="new"))
+    assert unknown == pytest.approx(65 * count["llama-60m"] / count["llama-20m"])
