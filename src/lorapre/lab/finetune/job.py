@@ -15,6 +15,7 @@ from lorapre.lab.finetune.base import keep_tiny
 from lorapre.lab.finetune.config import TINY_MODEL, FinetuneConfig, build_finetune_config
 from lorapre.lab.finetune.methods import adapter_kind
 from lorapre.lab.finetune.preparation import Data, Plan, load_data, plan_run, planned_recipe
+from lorapre.lab.finetune.quiet import keep_quiet
 from lorapre.lab.finetune.saving import merge_adapter, merged_folder
 from lorapre.lab.finetune.tokens import fingerprint
 from lorapre.lab.finetune.training import tune
@@ -63,6 +64,7 @@ def run_finetuning(config: FinetuneConfig, out: Path, console: Console, *, resum
     Raises:
         UserError: something does not fit; nothing has been trained then.
     """
+    keep_quiet()
     state = process_state()
     folder = run_folder(out)
     plan = plan_run(config, state.num_processes)

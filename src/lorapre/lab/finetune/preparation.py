@@ -20,8 +20,9 @@ from lorapre.lab.finetune.methods import (
     find_method,
     learning_rates,
 )
+from lorapre.lab.finetune.packing import pack
 from lorapre.lab.finetune.templates import Template, choose_template
-from lorapre.lab.finetune.tokens import Encoded, encode, pack, truncation_warning
+from lorapre.lab.finetune.tokens import Encoded, encode, truncation_warning
 from lorapre.lab.finetune.trainer import steps_of
 from lorapre.lab.optimizers import check_options, check_rank_compresses
 

@@ -15,6 +15,7 @@ from lorapre.lab.finetune.config import FinetuneConfig
 from lorapre.lab.finetune.data import reads_hub
 from lorapre.lab.finetune.methods import adapter_kind
 from lorapre.lab.finetune.preparation import Plan, load_data, plan_run, planned_recipe
+from lorapre.lab.finetune.quiet import keep_quiet
 from lorapre.lab.finetune.trainer import steps_of
 from lorapre.lab.optimizers.measure import adamw_state_bytes
 from lorapre.lab.optimizers.options import written
@@ -27,11 +28,12 @@ def print_dry_run(config: FinetuneConfig, console: Console) -> None:
     Raises:
         UserError: the options do not fit together, or such data is wrong.
     """
+    keep_quiet()
     plan = plan_run(config, dry=True)
     config = plan.config
     amount, steps, warnings = _amount(plan)
-    planned_recipe(plan, steps)
-    memory = _memory(plan, steps)
+    planned_recipe(plan, steps or 1)
+    memory = _memory(plan, steps or 1)
     trained = [param for param in plan.meta.parameters() if param.requires_grad]
     total = sum(param.numel() for param in plan.meta.parameters())
     learned = sum(param.numel() for param in trained)
@@ -48,7 +50,10 @@ def print_dry_run(config: FinetuneConfig, console: Console) -> None:
         ("model", f"{config.model}, {total:,} parameters, {learned:,} trained ({learned / total:.1%})"),
         ("data", f"{config.data}{''.join(f' {name}' for name in config.data_files)}, {amount}"),
         ("method", ", ".join([*method, *written(config.options)])),
-        ("steps", f"{steps:,} of {config.batch_size} sequences, in {config.accumulation} forward pass(es)"),
+        (
+            "steps",
+            f"{'not known' if steps is None else f'{steps:,}'}, of {config.batch_size} sequences, in {config.accumulation} forward pass(es)",
+        ),
         ("weights", format_bytes(memory.weights)),
         ("gradients", format_bytes(memory.gradients)),
         ("optimizer state", f"{format_bytes(memory.state)} (AdamW: {format_bytes(adamw_state_bytes(trained))})"),
@@ -63,8 +68,11 @@ def print_dry_run(config: FinetuneConfig, console: Console) -> None:
         console.print(f"Warning: {warning}", style="yellow", soft_wrap=True, markup=False)
 
 
-def _amount(plan: Plan) -> tuple[str, int, tuple[str, ...]]:
-    """How much data, how many steps, and what is to be warned of; an upper bound where the data is on the hub."""
+def _amount(plan: Plan) -> tuple[str, int | None, tuple[str, ...]]:
+    """How much data, how many steps, and what is to be warned of; an upper bound where the data is on the hub.
+
+    Steps are None where only the data could tell.
+    """
     config = plan.config
     if plan.base.tokenizer is not None and not reads_hub(config):
         data = load_data(plan)
@@ -77,7 +85,7 @@ def _amount(plan: Plan) -> tuple[str, int, tuple[str, ...]]:
         return text, data.steps, data.warnings
     rows = config.max_examples
     if rows is None and config.steps is None:
-        return "not read; give --max-examples or --steps to know how much", 1, ()
+        return "not read; give --max-examples or --steps to know how much", None, ()
     steps = config.steps or steps_of(rows or 0, config.batch_size, config.total_epochs)
     most = steps * config.batch_size * config.max_length
     examples = "not read" if rows is None else f"not read, at most {rows:,} examples"

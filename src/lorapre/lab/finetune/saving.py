@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lorapre.lab.errors import UserError
+from lorapre.lab.finetune.quiet import keep_quiet
 from lorapre.lab.run_folder import RunFolder, write_atomically
 
 
@@ -47,6 +48,7 @@ def merge_adapter(folder: RunFolder) -> Path:
     Raises:
         UserError: there is no adapter, it is merged already, or its base is not where it was.
     """
+    keep_quiet()
     adapter, merged = adapter_folder(folder), merged_folder(folder)
     if not (adapter / "adapter_config.json").exists():
         raise UserError(

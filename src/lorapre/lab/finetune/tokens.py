@@ -1,4 +1,4 @@
-"""Token ids and labels of examples: what is learned, what is cut, and packing."""
+"""Token ids and labels of examples: what is learned, and what is cut."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import pack_dataset
 
 from lorapre.lab.errors import UserError
 from lorapre.lab.finetune.formats import Example
@@ -169,12 +168,6 @@ def _count(places: list[str], noun: str) -> str:
 
 def _first(places: list[str]) -> str:
     return ", ".join(places[:3]) + (", ..." if len(places) > 3 else "")
-
-
-def pack(rows: Dataset, max_length: int) -> Dataset:
-    """Rows joined to at most ``max_length`` tokens, none of them cut; ``seq_lengths`` tells where each begins."""
-    packed: Dataset = pack_dataset(rows, max_length, "bfd")
-    return packed
 
 
 def fingerprint(train: Encoded, valid: Encoded, tokenizer: Any) -> dict[str, Any]:

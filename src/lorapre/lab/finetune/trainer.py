@@ -50,7 +50,7 @@ class FinetuneTrainer(SFTTrainer):
         return metrics
 
 
-def trainer_arguments(options: dict[str, Any], *, packed: bool, gradient_checkpointing: bool) -> SFTConfig:
+def trainer_arguments(options: dict[str, Any], *, gradient_checkpointing: bool) -> SFTConfig:
     """``options`` of a Trainer, and what SFTTrainer wants to know of rows that are ready."""
     return SFTConfig(
         **{
@@ -60,7 +60,6 @@ def trainer_arguments(options: dict[str, Any], *, packed: bool, gradient_checkpo
             "gradient_checkpointing": gradient_checkpointing,
             "max_length": None,
             "packing": False,
-            "padding_free": packed,
             "dataset_kwargs": {"skip_prepare_dataset": True},
         }
     )

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback
@@ -27,9 +24,10 @@ from lorapre.lab.config import PretrainConfig
 from lorapre.lab.finetune.base import load_base
 from lorapre.lab.finetune.evaluation import answer_room, exact_match, questions
 from lorapre.lab.finetune.methods import adapter_kind, add_adapter, optimizer_arguments
+from lorapre.lab.finetune.packing import PackedCollator, pack
 from lorapre.lab.finetune.preparation import Data, Plan, planned_recipe
+from lorapre.lab.finetune.quiet import keep_quiet
 from lorapre.lab.finetune.saving import save_result
-from lorapre.lab.finetune.tokens import pack
 from lorapre.lab.finetune.trainer import FinetuneTrainer, trainer_arguments
 from lorapre.lab.optimizers.measure import adamw_state_bytes, state_bytes
 from lorapre.lab.run_folder import RunFolder, write_json
@@ -52,7 +50,7 @@ def tune(plan: Plan, data: Data, source: str, folder: RunFolder, console: Consol
         UserError: the weights cannot be loaded.
         TrainingDivergedError: the loss is no longer finite.
     """
-    _keep_quiet()
+    keep_quiet()
     config = plan.config
     shared = planned_recipe(plan, data.steps)
     whole = load_base(source, config.dtype)
@@ -117,14 +115,6 @@ def tune(plan: Plan, data: Data, source: str, folder: RunFolder, console: Consol
     return summary
 
 
-def _keep_quiet() -> None:
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    # Said once in our own words, with what to do about it.
-    warnings.filterwarnings("ignore", message=".*nothing.*compress.*", category=UserWarning)
-
-
 def _trainer(
     plan: Plan,
     data: Data,
@@ -142,7 +132,6 @@ def _trainer(
     assert lr is not None
     arguments = trainer_arguments(
         trainer_options(shared, folder, lr, plan.micro_batch, checkpoints=True),
-        packed=config.packing,
         gradient_checkpointing=config.gradient_checkpointing,
     )
     main = arguments.process_index == 0
@@ -166,6 +155,7 @@ def _trainer(
         model=model,
         args=arguments,
         train_dataset=pack(rows, config.max_length) if config.packing else rows,
+        data_collator=PackedCollator(tokenizer.pad_token_id) if config.packing else None,
         processing_class=tokenizer,
         optimizers=(optimizer.made, None),
         optimizer_cls_and_kwargs=optimizer.kind,
