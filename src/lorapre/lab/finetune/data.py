@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,7 @@ def _digest(text: str) -> str:
 
 def _ordered(examples: list[Example], salt: str) -> list[Example]:
     """In an order that ``salt`` and the examples decide, not the file."""
-    return sorted(examples, key=lambda example: _digest(f"{salt}\n{example.key}\n{example.answer}"))
+    return sorted(examples, key=lambda example: _digest(f"{salt}\n{json.dumps(example.messages)}"))
 
 
 def _split(examples: list[Example], config: FinetuneConfig) -> tuple[list[Example], list[Example]]:

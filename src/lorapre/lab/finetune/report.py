@@ -52,7 +52,8 @@ def print_dry_run(config: FinetuneConfig, console: Console) -> None:
         ("method", ", ".join([*method, *written(config.options)])),
         (
             "steps",
-            f"{'not known' if steps is None else f'{steps:,}'}, of {config.batch_size} sequences, in {config.accumulation} forward pass(es)",
+            f"{'not known' if steps is None else f'{steps:,}'}, of {config.batch_size} sequences in "
+            f"{config.accumulation} forward pass(es)",
         ),
         ("weights", format_bytes(memory.weights)),
         ("gradients", format_bytes(memory.gradients)),
