@@ -28,3 +28,20 @@ def finetune(capsys: pytest.CaptureFixture[str], *arguments: str) -> Outcome:
     code = exit_code("finetune", *arguments)
     captured = capsys.readouterr()
     return Outcome(code, captured.out, captured.err)
+
+
+#: Two passes and a part over 24 examples in batches of 8.
+SHORT: dict[str, Any] = {
+    "data": "own.jsonl", "valid_examples": 4, "max_examples": 20, "batch_size": 8, "steps": 7, "log_every": 1,
+    "save_every": 2, "max_length": 64,
+}  # fmt: skip
+ADAPTED = {"method": "lorapre-adamw", "adapter": "lora", "adapter_rank": 8, "rank": 2, "lr": 0.01}
+KINDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "packed": {"packing": True, "accumulation": 2},
+    "lora": {"method": "lora", "dropout": 0.1, "lr": 0.01},
+    "lora+": {"method": "lora+", "lr": 0.01},
+    "dora": {"method": "dora", "lr": 0.01},
+    "lorapre on lora": ADAPTED,
+    "galore": {"method": "galore-ours", "rank": 4},
+}

@@ -93,8 +93,9 @@ def finetune(
     epochs: Annotated[float | None, opt.option("Passes over the data (default 1; arithmetic 20).", TRAINING)] = None,
     steps: Annotated[int | None, opt.option("Optimizer steps, instead of epochs.", TRAINING)] = None,
     bf16: Annotated[bool | None, opt.option("Autocast to bfloat16, whatever the weights' dtype.", TRAINING)] = None,
-    gradient_checkpointing: Annotated[
-        bool | None, opt.option("Compute activations twice, to hold fewer.", TRAINING)
+    checkpointing: Annotated[
+        bool | None,
+        opt.option("Gradient checkpointing: compute activations twice, to hold fewer.", TRAINING),
     ] = None,
     log_every: opt.LogEveryOption = None,
     eval_every: Annotated[int | None, opt.option("Steps between validations (default 20 %).", RUN)] = None,
@@ -160,7 +161,7 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-_FLAGS = ("packing", "completion_only", "bf16", "gradient_checkpointing")
+_FLAGS = ("packing", "completion_only", "bf16", "checkpointing")
 
 
 def _need_packages() -> None:

@@ -63,7 +63,7 @@ class FinetuneConfig(BaseModel):
     epochs: _Rate | None = None
     steps: Annotated[int, Field(ge=1)] | None = None
     bf16: bool = False
-    gradient_checkpointing: bool = False
+    checkpointing: bool = False
 
     log_every: Annotated[int, Field(ge=1)] | None = None
     eval_every: Annotated[int, Field(ge=1)] | None = None

@@ -65,7 +65,7 @@ def _metamath(model: str) -> dict[str, Any]:
         "max_grad_norm": 1.0,
         "bf16": True,
         "accumulation": 8,
-        "gradient_checkpointing": True,
+        "checkpointing": True,
         "valid_examples": 500,
         "log_every": 10,
         "eval_every": 500,

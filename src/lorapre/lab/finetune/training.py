@@ -132,7 +132,7 @@ def _trainer(
     assert lr is not None
     arguments = trainer_arguments(
         trainer_options(shared, folder, lr, plan.micro_batch, checkpoints=True),
-        gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing=config.checkpointing,
     )
     main = arguments.process_index == 0
     checkpoint = folder.last_checkpoint() if resume and main else None
