@@ -53,7 +53,7 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
 def encoded(examples: list[Example], tokenizer: Any, *, max_length: int = 1024, **given: Any) -> Encoded:
     config = FinetuneConfig(data="own.jsonl", **given)
     template = choose_template(config, OWN, tokenizer)
-    return encode(examples, template, tokenizer, max_length=max_length, completion_only=config.completion_only)
+    return encode(examples, template, tokenizer, max_length=max_length, completion_only=not config.learn_prompts)
 
 
 def expected_by_marks(tokenizer: Any, ids: list[int]) -> list[int]:
@@ -97,8 +97,8 @@ def test_a_joint_within_the_answer_is_left_to_the_tokenizer() -> None:
     assert row.labels == [IGNORED, IGNORED, *tokenizer("ab", add_special_tokens=False)["input_ids"], 1]
 
 
-def test_without_completion_only_every_token_is_learned() -> None:
-    (row,) = encoded([conversation("hi", "there")], tiny_tokenizer(), completion_only=False).rows
+def test_prompts_are_learned_too_on_demand() -> None:
+    (row,) = encoded([conversation("hi", "there")], tiny_tokenizer(), learn_prompts=True).rows
     assert row.labels == row.ids
 
 
@@ -155,11 +155,11 @@ def packed_batch(side: Encoded, max_length: int) -> dict[str, torch.Tensor]:
     return PackedCollator(0)(rows)
 
 
-@pytest.mark.parametrize("completion_only", [True, False])
-def test_a_packed_batch_has_the_loss_of_its_examples_one_by_one(completion_only: bool) -> None:
+@pytest.mark.parametrize("learn_prompts", [False, True])
+def test_a_packed_batch_has_the_loss_of_its_examples_one_by_one(learn_prompts: bool) -> None:
     tokenizer = tiny_tokenizer()
     examples = read_examples([Record(pair, "here") for pair in pairs(12)], OWN)
-    side = encoded(examples, tokenizer, completion_only=completion_only)
+    side = encoded(examples, tokenizer, learn_prompts=learn_prompts)
     torch.manual_seed(0)
     model = LlamaForCausalLM(tiny_config()).double().eval()
     batch = packed_batch(side, 64)

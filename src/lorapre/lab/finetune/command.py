@@ -42,8 +42,8 @@ def finetune(
     chat_template: Annotated[str | None, opt.option("File with a chat template in Jinja.", MODEL)] = None,
     max_length: Annotated[int | None, opt.option("Tokens an example, at most (default 1024).", MODEL)] = None,
     packing: Annotated[bool | None, opt.option("Join short examples to one sequence.", MODEL)] = None,
-    completion_only: Annotated[
-        bool | None, opt.option("Learn the answers alone (default), or prompts too.", MODEL)
+    learn_prompts: Annotated[
+        bool | None, opt.option("Loss on prompts too; by default on the answers alone.", MODEL)
     ] = None,
     method: Annotated[
         str | None,
@@ -161,7 +161,7 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-_FLAGS = ("packing", "completion_only", "bf16", "checkpointing")
+_FLAGS = ("packing", "learn_prompts", "bf16", "checkpointing")
 
 
 def _need_packages() -> None:

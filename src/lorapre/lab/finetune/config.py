@@ -37,7 +37,7 @@ class FinetuneConfig(BaseModel):
     chat_template: str | None = None
     max_length: Annotated[int, Field(ge=2)] = 1024
     packing: bool = False
-    completion_only: bool = True
+    learn_prompts: bool = False
 
     method: str = "lorapre-adamw"
     rank: int | float = 8

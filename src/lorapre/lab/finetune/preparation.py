@@ -112,7 +112,7 @@ def load_data(plan: Plan) -> Data:
     warnings = []
     for name, side in (("training", examples.train), ("validation", examples.valid)):
         encoded = encode(
-            side, template, tokenizer, max_length=config.max_length, completion_only=config.completion_only
+            side, template, tokenizer, max_length=config.max_length, completion_only=not config.learn_prompts
         )
         if warning := truncation_warning(encoded, config.max_length):
             warnings.append(f"{name}: {warning}")
