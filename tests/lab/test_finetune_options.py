@@ -204,3 +204,10 @@ def test_help_names_the_true_defaults(capsys: pytest.CaptureFixture[str], monkey
         20,
         1,
     )
+
+
+def test_it_is_said_that_weights_in_bfloat16_lose_small_updates(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    warning = "Warning: --dtype bfloat16: weights of 8 bits lose updates"
+    assert warning in " ".join(finetune(capsys, "--dtype", "bfloat16", "--dry-run").out.split())
+    assert "bfloat16: weights" not in finetune(capsys, "--dtype", "bfloat16", "--method", "lora", "--dry-run").out
+    assert "bfloat16: weights" not in finetune(capsys, "--dry-run").out

@@ -205,3 +205,36 @@ def test_without_arguments_a_tiny_model_learns_to_add_numbers_that_it_was_not_sh
         right += tokenizer.decode(written, skip_special_tokens=True) == example.answer
     assert right >= 45
     assert json.loads((here / "run" / "provenance.json").read_text())["versions"].keys() >= {"trl", "peft", "torch"}
+
+
+@pytest.mark.parametrize("given", [[], ["--accumulation", "4"], ["--packing", "--max-length", "64"]], ids=" ".join)
+def test_a_step_is_that_of_adamw_on_the_mean_over_the_learned_tokens_of_the_batch(
+    own: Path, capsys: pytest.CaptureFixture[str], given: list[str]
+) -> None:
+    rows = pairs(8)
+    write_lines(own / "eight.jsonl", rows)
+    shared = {"data": "eight.jsonl", "valid_data": "own.jsonl", "batch_size": 8, "steps": 1, "schedule": "constant"}
+    rates = {"method": "full-adamw", "lr": 0.01, "dense_lr": 0.003, "warmup": 0, "max_grad_norm": 0.5, "seed": 4}
+    assert finetune(capsys, *options(**shared, **rates), *given, "--out", "run").code == 0
+    trained = AutoModelForCausalLM.from_pretrained(own / "run" / "model")
+
+    model, tokenizer = tiny_model(4), tiny_tokenizer()
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        prompt = tokenizer(f"<|user|>{row['prompt']}<|end|><|assistant|>")["input_ids"]
+        answer = tokenizer(f"{row['response']}<|end|>")["input_ids"]
+        scores = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        total = total - scores[torch.arange(len(answer)), torch.tensor(answer)].sum()
+        count += len(answer)
+    (total / count).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    dense = {"embed_tokens", "norm", "input_layernorm", "post_attention_layernorm"}
+    for name, param in model.named_parameters():
+        rate = 0.003 if name.split(".")[-2] in dense else 0.01
+        gradient = param.grad
+        assert gradient is not None
+        # The first step of Adam: both moments corrected are the gradient and its square.
+        expected = param - rate * gradient / (gradient.abs() + 1e-8)
+        known = gradient.abs() > 1e-5  # below, the sign itself is rounding
+        torch.testing.assert_close(trained.get_parameter(name)[known], expected[known], rtol=0, atol=2e-5, msg=name)
+        assert known.float().mean() > 0.2 or name.endswith("embed_tokens.weight")

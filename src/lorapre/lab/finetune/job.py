@@ -82,15 +82,20 @@ def run_finetuning(config: FinetuneConfig, out: Path, console: Console, *, resum
 
     try:
         data = first_process_first(begin)
-        if folder.summary.exists():
-            summary: dict[str, Any] = json.loads(folder.summary.read_text(encoding="utf-8"))
-        else:
-            source = str(_tiny(folder)) if config.model == TINY_MODEL else config.model
-            summary = tune(plan, data, source, folder, console, resume=resume)
-    except UserError:
+    except BaseException:
         if created:
             folder.discard()
         raise
+    if folder.summary.exists():
+        summary: dict[str, Any] = json.loads(folder.summary.read_text(encoding="utf-8"))
+    else:
+        source = str(_tiny(folder)) if config.model == TINY_MODEL else config.model
+        try:
+            summary = tune(plan, data, source, folder, console, resume=resume)
+        except UserError:  # of weights or an optimizer that cannot be built: no step was taken
+            if created:
+                folder.discard()
+            raise
     if config.merge and state.is_main_process and not merged_folder(folder).exists():
         merge_adapter(folder)
     return summary

@@ -14,6 +14,7 @@ from lorapre.lab.finetune.data import Examples, data_format, load_examples
 from lorapre.lab.finetune.methods import (
     Compression,
     Method,
+    adapter_kind,
     add_adapter,
     compression,
     compression_warning,
@@ -79,6 +80,11 @@ def plan_run(config: FinetuneConfig, processes: int = 1, *, dry: bool = False) -
             check_rank_compresses(meta, shared)
         elif warning := compression_warning(found, config):
             warnings.append(warning)
+    if config.dtype == "bfloat16" and adapter_kind(config, method) is None:
+        warnings.append(
+            "--dtype bfloat16: weights of 8 bits lose updates below about 1/500 of themselves, which at the usual "
+            "rates are many. Train float32 weights with --bf16, or an adapter."
+        )
     if method.adapter is not None and config.options:
         raise UserError(f"--set: --method {method.name} takes no options. Leave them out.")
     options = {} if method.adapter is not None else check_options(method.entry, meta, shared)
