@@ -201,7 +201,7 @@ def test_help_names_the_true_defaults(capsys: pytest.CaptureFixture[str], monkey
     assert (PRETRAINED_LR, LORAPLUS_RATIO, config.total_epochs, FinetuneConfig(data="x").total_epochs) == (
         2e-5,
         16,
-        20,
+        15,
         1,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from _finetune import KINDS, SHORT, finetune, pairs, write_lines
-from _lab import cut_before_step, exit_code, options, records, summary, timeless, tree
+from _lab import cut_before_step, options, records, summary, timeless, tree
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorapre.lab.finetune.config import FinetuneConfig
-from lorapre.lab.finetune.tiny import additions, tiny_model, tiny_tokenizer
+from lorapre.lab.finetune.tiny import tiny_model, tiny_tokenizer
 
 
 def logits(model: Any, tokenizer: Any, prompt: str = "say xx2") -> torch.Tensor:
@@ -185,26 +184,6 @@ def test_bf16_checkpointing_and_bfloat16_weights_change_no_more_than_rounding(
     for name in ("bf16", "weights"):
         assert found[name] != found["plain"]
         assert found[name] == pytest.approx(found["plain"], rel=5e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("offline")
-def test_without_arguments_a_tiny_model_learns_to_add_numbers_that_it_was_not_shown(here: Path) -> None:
-    assert exit_code("finetune", "--out", "run") == 0
-    facts = summary(here / "run")
-    assert facts["exact_match_before"] == 0
-    assert facts["exact_match"] > 0.9
-    assert facts["seconds"] < 170
-    # By hand, from the folder, in plain transformers.
-    model = AutoModelForCausalLM.from_pretrained(here / "run" / "model")
-    tokenizer = AutoTokenizer.from_pretrained(here / "run" / "model")
-    right = 0
-    for example in additions()[7::50]:
-        ids = tokenizer(f"<|user|>{example.messages[0]['content']}<|end|><|assistant|>", return_tensors="pt")
-        written = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids["input_ids"].shape[1] :]
-        right += tokenizer.decode(written, skip_special_tokens=True) == example.answer
-    assert right >= 45
-    assert json.loads((here / "run" / "provenance.json").read_text())["versions"].keys() >= {"trl", "peft", "torch"}
 
 
 @pytest.mark.parametrize("given", [[], ["--accumulation", "4"], ["--packing", "--max-length", "64"]], ids=" ".join)

@@ -90,7 +90,7 @@ def finetune(
         int | None, opt.option("Sequences a step, over all processes (default 32).", TRAINING)
     ] = None,
     accumulation: opt.AccumulationOption = None,
-    epochs: Annotated[float | None, opt.option("Passes over the data (default 1; arithmetic 20).", TRAINING)] = None,
+    epochs: Annotated[float | None, opt.option("Passes over the data (default 1; arithmetic 15).", TRAINING)] = None,
     steps: Annotated[int | None, opt.option("Optimizer steps, instead of epochs.", TRAINING)] = None,
     bf16: Annotated[bool | None, opt.option("Autocast to bfloat16, whatever the weights' dtype.", TRAINING)] = None,
     checkpointing: Annotated[

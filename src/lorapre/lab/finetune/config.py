@@ -100,7 +100,7 @@ class FinetuneConfig(BaseModel):
         """Passes over the training data where ``steps`` does not decide."""
         if self.epochs is not None:
             return self.epochs
-        return 20.0 if self.data == ARITHMETIC else 1.0
+        return 15.0 if self.data == ARITHMETIC else 1.0
 
     @property
     def answered(self) -> int:
