@@ -18,7 +18,7 @@ from lorapre.lab.config import option_name
 from lorapre.lab.finetune.config import FinetuneConfig
 from lorapre.lab.finetune.methods import LORAPLUS_RATIO, METHODS, PRETRAINED_LR
 from lorapre.lab.finetune.presets import PRESETS
-from lorapre.lab.finetune.tiny import tiny_model
+from lorapre.lab.finetune.tiny import tiny_model, tiny_tokenizer
 from lorapre.lab.optimizers import OPTIMIZERS
 
 
@@ -211,3 +211,14 @@ def test_it_is_said_that_weights_in_bfloat16_lose_small_updates(own: Path, capsy
     assert warning in " ".join(finetune(capsys, "--dtype", "bfloat16", "--dry-run").out.split())
     assert "bfloat16: weights" not in finetune(capsys, "--dtype", "bfloat16", "--method", "lora", "--dry-run").out
     assert "bfloat16: weights" not in finetune(capsys, "--dry-run").out
+
+
+def test_a_tokenizer_that_can_neither_end_nor_pad_is_refused(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_model(0).save_pretrained(own / "mine")
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(own / "mine")
+    outcome = finetune(capsys, *options(**SHORT, model="mine"), "--out", "run")
+    assert outcome.code == 2
+    assert "--model mine: its tokenizer has neither a padding nor an end-of-text token" in outcome.message
+    assert not (own / "run").exists()

@@ -37,14 +37,12 @@ class Method:
         optimizer: row of the registry that moves what is trained, or comes nearest to ``build`` in state.
         adapter: kind of adapter that the method itself brings, None where ``--adapter`` decides.
         build: makes an optimizer that is no row of the registry.
-        source: paper of the adapter.
     """
 
     name: str
     optimizer: str
     adapter: Adapter | None = None
     build: AdapterBuild | None = None
-    source: str = ""
 
     @property
     def entry(self) -> OptimizerEntry:
@@ -69,10 +67,10 @@ def _loraplus(model: PeftModel, config: FinetuneConfig, lr: float) -> Optimizer:
 #: Methods of adapters. An optimizer over pairs (lora_A, lora_B) is added here as one line, with a ``build`` that finds
 #: its pairs in the `PeftModel` it is given; nothing else has to know of it.
 _ADAPTER_METHODS = (
-    Method("lora", "adamw", "lora", source="arXiv 2106.09685; peft"),
-    Method("rslora", "adamw", "rslora", source="arXiv 2312.03732; peft"),
-    Method("lora+", "adamw", "lora", _loraplus, source="arXiv 2402.12354; peft"),
-    Method("dora", "adamw", "dora", source="arXiv 2402.09353; peft"),
+    Method("lora", "adamw", "lora"),  # arXiv 2106.09685
+    Method("rslora", "adamw", "rslora"),  # arXiv 2312.03732
+    Method("lora+", "adamw", "lora", _loraplus),  # arXiv 2402.12354
+    Method("dora", "adamw", "dora"),  # arXiv 2402.09353
 )
 
 #: Every optimizer of the registry but those that replace the weights by factors, which trained weights are not; and

@@ -114,6 +114,11 @@ def load_data(plan: Plan) -> Data:
     template = choose_template(config, examples.form, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            f"--model {config.model}: its tokenizer has neither a padding nor an end-of-text token. Set eos_token in "
+            "its tokenizer_config.json."
+        )
     sides = []
     warnings = []
     for name, side in (("training", examples.train), ("validation", examples.valid)):

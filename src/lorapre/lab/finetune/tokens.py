@@ -35,7 +35,6 @@ class Encoded:
     Attributes:
         rows: ``input_ids`` and ``labels`` of each example that is kept.
         kept: the examples of the rows.
-        prompts: tokens before each one's last answer.
         cut: where examples come from whose answer was cut at the end.
         dropped: where those come from of which no answer was left.
     """

@@ -186,7 +186,7 @@ def _exact_match(model: Any, plan: Plan, data: Data) -> float | None:
         return None
     assert plan.base.tokenizer is not None
     limit = getattr(plan.base.config, "max_position_embeddings", None) or 10**9
-    room = min(answer_room(data.valid), limit - max(len(question.prompt) for question in asked))
+    room = max(1, min(answer_room(data.valid), limit - max(len(question.prompt) for question in asked)))
     with torch.autocast(model.device.type, torch.bfloat16, enabled=plan.config.bf16):
         return exact_match(model, plan.base.tokenizer, asked, final, room)
 
