@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _data import DOCUMENTS
+from _finetune import pairs, write_lines
 from _lab import FINISHED, Cli, call, exit_code, options, sentences, write_model, write_text
 
 
@@ -90,3 +93,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, the one that is used."""
     monkeypatch.setenv("LORAPRE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture
+def own(here: Path) -> Path:
+    """The folder ``here`` with ``own.jsonl`` in it, forty prompts and responses."""
+    write_lines(here / "own.jsonl", pairs())
+    return here
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks the network fails the test."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)

@@ -33,13 +33,18 @@ def clock(seconds: float) -> str:
 class MetricsWriter(TrainerCallback):
     """Appends one JSON line a log or validation to ``metrics.jsonl``.
 
-    All but ``seconds`` and ``tokens_per_second`` is a function of the configuration: a resumed run writes it again
-    to the bit (on the CPU). ``seconds`` counts training since the start, over interruptions, without validation.
+    All but ``seconds`` and ``tokens_per_second`` (or another unit's) is a function of the configuration: a resumed
+    run writes it again to the bit (on the CPU). ``seconds`` counts training since the start, over interruptions,
+    without validation.
     """
 
-    def __init__(self, folder: RunFolder, tokens_per_step: int, previous: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, folder: RunFolder, per_step: int, previous: list[dict[str, Any]], *, unit: str = "tokens"
+    ) -> None:
+        """``unit`` is what a step takes ``per_step`` of; ``previous`` are the records of earlier sessions."""
         self._folder = folder
-        self._tokens_per_step = tokens_per_step
+        self._per_step = per_step
+        self._unit = unit
         self._seconds = previous[-1]["seconds"] if previous else 0.0
         self._running_since: float | None = None
         self._last_log = (previous[-1]["step"] if previous else 0, self._seconds)
@@ -70,7 +75,7 @@ class MetricsWriter(TrainerCallback):
         if not state.is_world_process_zero or logs is None:
             return
         step = state.global_step
-        record: dict[str, Any] = {"step": step, "tokens": step * self._tokens_per_step}
+        record: dict[str, Any] = {"step": step, self._unit: step * self._per_step}
         if "loss" in logs:
             seconds = self.seconds
             last_step, last_seconds = self._last_log
@@ -79,7 +84,7 @@ class MetricsWriter(TrainerCallback):
             if "grad_norm" in logs:
                 record["grad_norm"] = logs["grad_norm"]
             elapsed = max(seconds - last_seconds, 1e-9)
-            record["tokens_per_second"] = round((step - last_step) * self._tokens_per_step / elapsed, 1)
+            record[f"{self._unit}_per_second"] = round((step - last_step) * self._per_step / elapsed, 1)
         elif "eval_loss" in logs:
             self.pause()
             record |= {"valid_loss": logs["eval_loss"], "valid_perplexity": perplexity(logs["eval_loss"])}
@@ -146,10 +151,11 @@ class _Remaining(ProgressColumn):
 class ProgressBar(TrainerCallback):
     """Loss, perplexity, tokens/s and ETA: a live bar on a terminal, ten lines in a log file."""
 
-    def __init__(self, console: Console, label: str, tokens_per_step: int) -> None:
+    def __init__(self, console: Console, label: str, per_step: int, *, unit: str = "tok") -> None:
         self._console = console
         self._label = label
-        self._tokens_per_step = tokens_per_step
+        self._per_step = per_step
+        self._unit = unit
         self._progress = Progress(
             # On a narrow terminal the label gives way, and the numbers stay whole.
             TextColumn("{task.description}", table_column=Column(overflow="ellipsis")),
@@ -174,7 +180,9 @@ class ProgressBar(TrainerCallback):
         self._progress.start()
 
     def _speed(self, step: int) -> str:
-        rate = (step - self._first) * self._tokens_per_step / max(time.perf_counter() - self._started, 1e-9)
+        rate = (step - self._first) * self._per_step / max(time.perf_counter() - self._started, 1e-9)
+        if self._unit != "tok":
+            return f"{rate:.1f} {self._unit}/s"
         return f"{rate / 1000:.1f}k tok/s" if rate < 1e6 else f"{rate / 1e6:.2f}M tok/s"
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -189,11 +197,12 @@ class ProgressBar(TrainerCallback):
         **_: Any,
     ) -> None:
         logs = logs or {}
-        if "loss" in logs:
-            self._loss = f"loss {logs['loss']:.3f} ppl {perplexity(logs['loss']):.1f}"
-            self._progress.update(self._task, loss=self._loss)
+        if "loss" not in logs:  # a validation, which may come before the first step
+            return
+        self._loss = f"loss {logs['loss']:.3f} ppl {perplexity(logs['loss']):.1f}"
+        self._progress.update(self._task, loss=self._loss)
         line = state.global_step * 10 // state.max_steps
-        if not self._console.is_terminal and "loss" in logs and line > self._lines:
+        if not self._console.is_terminal and line > self._lines:
             self._lines = line
             place = f"step {state.global_step}/{state.max_steps}"
             self._console.print(f"{self._label} {place} {self._loss} {self._speed(state.global_step)}")

@@ -1,8 +1,7 @@
-"""The command line: ``lorapre pretrain | compare | optimizers``."""
+"""The command line: ``lorapre pretrain | compare | finetune | optimizers``."""
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import sys
@@ -11,11 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from lorapre import NonFiniteGradientError
 from lorapre.lab import cli_options as opt
+from lorapre.lab.cli_errors import explained
 from lorapre.lab.compare.command import compare
 from lorapre.lab.config import PretrainConfig, build_config, option_name, parse_options
-from lorapre.lab.errors import TrainingDivergedError, UserError
+from lorapre.lab.errors import UserError
+from lorapre.lab.finetune.command import finetune
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -104,26 +104,13 @@ def pretrain(
         dry.print_dry_run(wanted, console)
         return
     out = out or job.default_out(wanted)
-    try:
+    with explained(out, console, "pretrain"):
         summary = job.run_pretraining(wanted, out, console, resume=resume)
-    except KeyboardInterrupt:
-        console.print(f"Interrupted. {_way_on(out)}", soft_wrap=True, markup=False)
-        raise typer.Exit(130) from None
-    except (NonFiniteGradientError, TrainingDivergedError) as error:
-        opt.print_error(
-            f"The training has diverged: {error.args[0].partition('. ')[0]}. Start again with a smaller --lr or "
-            f"--dense-lr, a longer --warmup, or a --max-grad-norm; {out} keeps the metrics up to here."
-        )
-        raise typer.Exit(1) from None
-    except Exception as error:
-        if isinstance(error, UserError) or not _disk_is_full(error):
-            raise
-        opt.print_error(f"--out {out}: its disk is full. Free some space. {_way_on(out)}")
-        raise typer.Exit(1) from None
     print_summary(summary, out, console)
 
 
 app.command()(compare)
+app.command()(finetune)
 
 
 @app.command()
@@ -132,22 +119,6 @@ def optimizers() -> None:
     from lorapre.lab.optimizers.listing import optimizer_table
 
     opt.standard_output().print(optimizer_table())
-
-
-def _way_on(out: Path) -> str:
-    from lorapre.lab.run_folder import RunFolder
-
-    if not RunFolder(out).config.exists():
-        return "Nothing was trained."
-    return f"What was complete is safe; go on with: lorapre pretrain --resume --out {out}"
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    """Whether ``error`` says so: as an OSError, or in the words of safetensors or torch, whose errors are not."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    text = str(error)
-    return "No space left on device" in text or "Disk quota exceeded" in text or "inline_container.cc" in text
 
 
 def _resumed(out: Path | None, options: dict[str, Any], preset: str | None, config: Path | None) -> PretrainConfig:

@@ -210,10 +210,12 @@ def preset_layer(preset: str | None) -> list[Layer]:
     return [(f"--preset {preset}", PRESETS[preset])]
 
 
-def validated(kind: type[_Config], layers: Sequence[Layer]) -> _Config:
+def validated(
+    kind: type[_Config], layers: Sequence[Layer], exclusive: tuple[str, str] = ("steps", "tokens")
+) -> _Config:
     """A ``kind`` from all ``layers``, the later ones winning.
 
-    ``steps`` given in one layer replaces ``tokens`` of an earlier one, and the other way round. ``options`` of the
+    One of the two ``exclusive`` options given in one layer replaces the other of an earlier one. ``options`` of the
     optimizer are merged name by name.
 
     Raises:
@@ -221,7 +223,7 @@ def validated(kind: type[_Config], layers: Sequence[Layer]) -> _Config:
     """
     merged: dict[str, Any] = {}
     for _, layer in layers:
-        for one, other in (("steps", "tokens"), ("tokens", "steps")):
+        for one, other in (exclusive, exclusive[::-1]):
             if layer.get(one) is not None and layer.get(other) is None:
                 merged.pop(other, None)
         before, now = merged.get("options"), layer.get("options")

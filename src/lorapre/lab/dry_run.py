@@ -38,7 +38,7 @@ def print_dry_run(config: PretrainConfig, console: Console) -> None:
     entry = OPTIMIZERS[config.optimizer]
     adamw = adamw_state_bytes(model.parameters())
     parameters = sum(param.numel() for param in model.parameters())
-    memory = _memory(config, entry, model)
+    memory = training_memory(config, entry, model)
 
     rank = [f"rank {config.rank}"] if entry.ranked else []
     table = Table.grid(padding=(0, 2))
@@ -64,7 +64,7 @@ def print_dry_run(config: PretrainConfig, console: Console) -> None:
 
 
 @dataclass(frozen=True)
-class _Memory:
+class TrainingMemory:
     """Bytes; ``scratch`` is None where `lorapre.memory.scratch_bytes` does not know it."""
 
     weights: int
@@ -77,8 +77,8 @@ class _Memory:
         return self.weights + self.gradients + self.state + (self.scratch or 0)
 
 
-def _memory(config: PretrainConfig, entry: OptimizerEntry, model: nn.Module) -> _Memory:
-    """``model`` is on the meta device, and is factorised here if the method does so."""
+def training_memory(config: PretrainConfig, entry: OptimizerEntry, model: nn.Module) -> TrainingMemory:
+    """Of training ``model``, which is on the meta device, and is factorised here if the method does so."""
     scratch = None
     if entry.compresses_stacks:  # no formula knows every shape; on the meta device the state itself can be counted
         kind, kwargs = entry.build(model, config, entry.default_lr, entry.default_dense_lr)
@@ -95,7 +95,7 @@ def _memory(config: PretrainConfig, entry: OptimizerEntry, model: nn.Module) -> 
         entry.prepare(model, config)
     params = list(model.parameters())
     gradients = sum(param.numel() * param.element_size() for param in params if param.requires_grad)
-    return _Memory(sum(p.numel() * p.element_size() for p in params), gradients, state, scratch)
+    return TrainingMemory(sum(p.numel() * p.element_size() for p in params), gradients, state, scratch)
 
 
 def _vocabulary(plan: Plan) -> int:

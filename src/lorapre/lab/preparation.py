@@ -126,12 +126,27 @@ def fingerprint(corpus: TextCorpus) -> dict[str, Any]:
 
 
 def record_provenance(path: Path, corpus: TextCorpus, *, seed: int, option: str) -> None:
-    """Write ``path``, or, where it is there from an earlier session, make sure that the data has not changed since.
+    """`record_data` of ``corpus``.
 
     Raises:
-        UserError: it has; ``option`` names the run in the message.
+        UserError: the data has changed.
     """
-    data = fingerprint(corpus)
+    record_data(path, fingerprint(corpus), seed=seed, option=option)
+
+
+def record_data(path: Path, data: Mapping[str, Any], *also: str, seed: int, option: str) -> None:
+    """Write ``path``, or, where it is there from an earlier session, make sure that the data has not changed since.
+
+    Args:
+        path: of ``provenance.json``.
+        data: what tells one data set from another.
+        also: further packages whose versions are recorded.
+        seed: of the run.
+        option: names the run in the message.
+
+    Raises:
+        UserError: the data has changed.
+    """
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))["data"]
         changed = [key for key, value in data.items() if key in before and before[key] != value]
@@ -142,4 +157,4 @@ def record_provenance(path: Path, corpus: TextCorpus, *, seed: int, option: str)
                 f"it is {data[key]}. Restore the data (or the Python that supplied it), or start a new run."
             )
         return
-    write_json(path, provenance(seed=seed) | {"data": data})
+    write_json(path, provenance(*also, seed=seed) | {"data": dict(data)})

@@ -76,7 +76,7 @@ def run_pretraining(config: PretrainConfig, out: Path, console: Console, *, resu
         return _prepare(plan, folder, console, resume=resume)
 
     try:
-        corpus, bigram = _first_process_first(begin)
+        corpus, bigram = first_process_first(begin)
         # Before anything is trained, since a checkpoint may turn out to be damaged.
         built = {} if folder.summary.exists() else {config.optimizer: plan.model.build(config.seed)}
     except BaseException:
@@ -119,7 +119,7 @@ def run_pretraining(config: PretrainConfig, out: Path, console: Console, *, resu
     return summary
 
 
-def _first_process_first(action: Callable[[], _Result]) -> _Result:
+def first_process_first(action: Callable[[], _Result]) -> _Result:
     """Let process 0 run ``action`` (and fill caches), then the others; what it refuses, all refuse.
 
     Raises:

@@ -30,10 +30,10 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a result."""
+def versions(*also: str) -> dict[str, str]:
+    """Versions of Python, of the packages that decide a result, and of those named."""
     found = {"python": platform.python_version(), "lorapre": lorapre.__version__}
-    for package in ("torch", "transformers", "accelerate", "tokenizers"):
+    for package in ("torch", "transformers", "accelerate", "tokenizers", *also):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -41,11 +41,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def provenance(*, seed: int) -> dict[str, Any]:
-    """What every report carries."""
+def provenance(*also: str, seed: int) -> dict[str, Any]:
+    """What every report carries; ``also`` names further packages."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "hardware": hardware(),
-        "versions": versions(),
+        "versions": versions(*also),
         "seed": seed,
     }

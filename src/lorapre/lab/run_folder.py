@@ -54,9 +54,10 @@ def _remove(path: Path) -> None:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths within one run's folder, and its state."""
+    """Paths within one run's folder, and its state; ``command`` is the one that makes it and goes on with it."""
 
     path: Path
+    command: str = "pretrain"
 
     @property
     def config(self) -> Path:
@@ -106,8 +107,8 @@ class RunFolder:
             raise UserError(f"--out {self.path}: holds a finished run. Give another --out, or remove it first.")
         if self.path.exists() and any(self.path.iterdir()):
             raise UserError(
-                f"--out {self.path}: exists and is not empty. Continue an interrupted run there with `lorapre pretrain "
-                f"--resume --out {self.path}`, or give another --out."
+                f"--out {self.path}: exists and is not empty. Continue an interrupted run there with `lorapre "
+                f"{self.command} --resume --out {self.path}`, or give another --out."
             )
         self.check_writable(create=True)
 

@@ -52,7 +52,14 @@ def training_arguments(
     config: PretrainConfig, folder: RunFolder, lr: float, micro_batch: int, *, checkpoints: bool
 ) -> TrainingArguments:
     """``config`` in the Trainer's words; without ``checkpoints`` none is saved on the way."""
-    return TrainingArguments(
+    return TrainingArguments(**trainer_options(config, folder, lr, micro_batch, checkpoints=checkpoints))
+
+
+def trainer_options(
+    config: PretrainConfig, folder: RunFolder, lr: float, micro_batch: int, *, checkpoints: bool
+) -> dict[str, Any]:
+    """Keywords of ``transformers.TrainingArguments``, or of a class of it."""
+    return dict(
         output_dir=str(folder.checkpoints),
         max_steps=config.total_steps,
         per_device_train_batch_size=micro_batch,
@@ -228,8 +235,8 @@ def train(
         "bigram_loss": bigram,
         "bigram_perplexity": perplexity(bigram),
         "best_valid_loss": _best_validation(folder, valid_loss),
-        "state_bytes": state_bytes(_unwrapped(trainer.optimizer)),
-        "matrix_state_bytes": state_bytes(_unwrapped(trainer.optimizer), matrices),
+        "state_bytes": state_bytes(unwrapped(trainer.optimizer)),
+        "matrix_state_bytes": state_bytes(unwrapped(trainer.optimizer), matrices),
         "formula_bytes": formula_bytes,
         "adamw_state_bytes": adamw_bytes,
         "seconds": round(metrics.seconds, 1),
@@ -273,7 +280,7 @@ def _save_model(folder: RunFolder, trainer: Trainer, corpus: TextCorpus) -> None
     write_atomically(folder.model, save)
 
 
-def _unwrapped(optimizer: Any) -> Optimizer:
+def unwrapped(optimizer: Any) -> Optimizer:
     """The optimizer inside accelerate's wrapper."""
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner

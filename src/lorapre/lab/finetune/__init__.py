@@ -1,0 +1,1 @@
+"""Fine-tuning: data, templates, methods, training and saving; ``command.py`` is its entry."""
