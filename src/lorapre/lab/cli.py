@@ -1,4 +1,4 @@
-"""The command line: ``lorapre pretrain | compare | optimizers``."""
+"""The command line: ``lorapre pretrain | compare | evaluate | optimizers``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lorapre.lab import cli_options as opt
 from lorapre.lab.compare.command import compare
 from lorapre.lab.config import PretrainConfig, build_config, option_name, parse_options
 from lorapre.lab.errors import TrainingDivergedError, UserError
+from lorapre.lab.evaluate.command import evaluate
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -124,6 +125,7 @@ def pretrain(
 
 
 app.command()(compare)
+app.command()(evaluate)
 
 
 @app.command()
