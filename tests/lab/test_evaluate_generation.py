@@ -127,3 +127,14 @@ def test_the_models_own_generation_settings_do_not_apply(
     model.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=3.0, max_length=40)
     assert complete(model, tokenizer, PROMPTS, SEEDS, GREEDY) == expected
     assert model.generation_config.repetition_penalty == 5.0
+
+
+def test_a_stop_string_that_is_a_special_token_ends_an_answer(model: LlamaForCausalLM) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    whole = complete(model, tokenizer, PROMPTS[:1], SEEDS[:1], GREEDY)[0]
+    end = whole.text[4]
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    (found,) = complete(model, tokenizer, PROMPTS[:1], SEEDS[:1], replace(GREEDY, stop=(end,)))
+    place = whole.text.index(end)
+    assert found == Completion(whole.text[:place], place, "eos")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,18 @@ from lorapre.lab.provenance import provenance
 from lorapre.lab.run_folder import RunFolder, write_json, write_text
 
 Row = dict[str, Any]
+
+
+#: A verdict may change with them.
+_JUDGES = ("math-verify", "latex2sympy2_extended", "sympy", "peft", "lm-eval")
+
+
+def _judges() -> dict[str, str]:
+    found = {}
+    for package in _JUDGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,9 @@ class EvaluationFolder:
             raise UserError(f"--out {self.path}: is not empty, and holds no evaluation. Give another folder.")
         RunFolder(self.path).check_writable(create=True)
         if not self.config.exists():
-            write_json(self.provenance, {**provenance(seed=config.seed), "data": data})
+            record = provenance(seed=config.seed)
+            record["versions"] |= _judges()
+            write_json(self.provenance, {**record, "data": data})
             write_text(self.config, config.to_yaml())  # last: what has it has its provenance too
 
     def _check_same(self, config: EvaluateConfig, data: Mapping[str, Any]) -> None:

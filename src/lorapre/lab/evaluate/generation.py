@@ -88,10 +88,15 @@ def prompt_tokens(tokenizer: Any, prompts: Sequence[str], *, special_tokens: boo
     return [len(tokens) for tokens in tokenizer(list(prompts), add_special_tokens=special_tokens)["input_ids"]]
 
 
-def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: those of the model's generation settings, and the tokenizer's."""
+def end_tokens(model: PreTrainedModel, tokenizer: Any, stop: Sequence[str] = ()) -> list[int]:
+    """The tokens that end an answer: those of the model's generation settings, and the tokenizer's.
+
+    A stop string that is one of the tokenizer's special tokens is among them, since no decoded text has it.
+    """
     given = model.generation_config.eos_token_id
+    special = set(tokenizer.all_special_tokens)
     ids = {*(given if isinstance(given, list) else [given]), tokenizer.eos_token_id}
+    ids |= {tokenizer.convert_tokens_to_ids(text) for text in stop if text in special}
     return sorted(token for token in ids if token is not None)
 
 
@@ -108,7 +113,7 @@ def complete(
     Of the model's own generation settings only the end tokens are kept: no penalty or default temperature applies.
     The same prompt and seed give the same answer in any batch, up to rounding of the model's arithmetic.
     """
-    ends = end_tokens(model, tokenizer)
+    ends = end_tokens(model, tokenizer, decoding.stop)
     generate: Any = model.generate
     batch = tokenizer(
         list(prompts),
