@@ -15,7 +15,7 @@ from _evaluate import byte_tokenizer, evaluate, gsm8k_records, math_record, rand
 from lorapre.lab.errors import UserError
 from lorapre.lab.evaluate import loading, run
 from lorapre.lab.evaluate.config import EvaluateConfig
-from lorapre.lab.evaluate.prompts import PROMPTS, make_prompts, stop_strings
+from lorapre.lab.evaluate.prompts import PROMPTS, choose_prompt, make_prompts
 from lorapre.lab.evaluate.tasks import TASKS, read_items
 
 GSM8K, MATH = TASKS["gsm8k"], TASKS["math500"]
@@ -125,7 +125,7 @@ def test_prompts_are_the_tasks_own_a_named_one_or_a_text(tmp_path: Path) -> None
     question = "What is 2+3?"
     assert make_prompts(config(), GSM8K, items, None) == [f"Question: {question}\nAnswer:"]
     assert make_prompts(config(), MATH, items, None) == [f"Problem:\n{question}\n\nSolution:"]
-    for name, text in PROMPTS.items():
+    for name, (text, _) in PROMPTS.items():
         assert make_prompts(config(prompt=name), GSM8K, items, None) == [text.replace("{question}", question)]
     assert make_prompts(config(prompt="Q {question} {x}"), GSM8K, items, None) == [f"Q {question} {{x}}"]
     with pytest.raises(UserError, match="--prompt other"):
@@ -141,15 +141,17 @@ def test_a_chat_has_the_templates_frame_around_the_boxed_prompt(tmp_path: Path) 
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    inner = PROMPTS["boxed"].replace("{question}", "What is 2+3?")
+    inner = PROMPTS["boxed"][0].replace("{question}", "What is 2+3?")
     assert make_prompts(config(chat=True), GSM8K, items, tokenizer) == [f"<user>{inner}<assistant>"]
 
 
-def test_stop_strings_belong_to_the_tasks_own_prompt_unless_given() -> None:
-    assert stop_strings(config(), GSM8K) == ("Question:",)
-    assert stop_strings(config(), MATH) == ("Problem:",)
-    assert stop_strings(config(prompt="alpaca"), GSM8K) == ()
-    assert stop_strings(config(stop=["\n\n"]), GSM8K) == ("\n\n",)
+def test_stop_strings_belong_to_the_prompt_unless_given() -> None:
+    assert choose_prompt(config(), GSM8K)[1] == ("Question:",)
+    assert choose_prompt(config(), MATH)[1] == ("Problem:",)
+    assert choose_prompt(config(prompt="alpaca"), GSM8K)[1] == ("### Instruction:",)
+    assert choose_prompt(config(prompt="My {question}"), GSM8K)[1] == ()
+    assert choose_prompt(config(chat=True), GSM8K)[1] == ()
+    assert choose_prompt(config(prompt="qa", stop=["\n\n"]), GSM8K)[1] == ("\n\n",)
 
 
 def test_a_source_is_a_model_an_adapter_or_a_hub_name(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ def evaluate(
     prompt: Annotated[
         str | None,
         opt.option(
-            "plain (default: the task's own), boxed (default in a chat), alpaca, or a text with {question}.",
+            "task (default: the task's own), boxed (default in a chat), question, plain, qa, alpaca, metamath, or a "
+            "text with {question}.",
             _QUESTIONS,
         ),
     ] = None,
@@ -43,7 +44,7 @@ def evaluate(
     ] = False,
     stop: Annotated[
         list[str] | None,
-        opt.option("End an answer where this text begins (default: the next question of plain). Repeatable.", _ANSWERS),
+        opt.option("End an answer where this text begins (default: the prompt's own). Repeatable.", _ANSWERS),
     ] = None,
     max_new_tokens: Annotated[int | None, opt.option("Tokens an answer at most (default 512).", _ANSWERS)] = None,
     temperature: Annotated[float | None, opt.option("Sample at it; 0 (default) is greedy.", _ANSWERS)] = None,

@@ -54,7 +54,8 @@ def find_source(name: str) -> Source:
         return Source(name, base if is_model else _hub_name(str(base), where), folder)
     if (folder / "config.json").exists():
         return Source(name, name)
-    hint = f" Did you mean {folder / 'model'}?" if (folder / "model" / "config.json").exists() else ""
+    inner = [folder / "model" / "config.json", folder / "adapter" / _ADAPTER]  # of a run's folder
+    hint = "".join(f" Did you mean {path.parent}?" for path in inner if path.exists())
     raise UserError(
         f"MODEL {name}: the folder has neither config.json nor {_ADAPTER}. Give one written by save_pretrained.{hint}"
     )

@@ -11,50 +11,52 @@ from lorapre.lab.evaluate.tasks import Item, Task
 
 _QUESTION = "{question}"
 
-#: What ``--prompt`` may name beside `plain`, which is the task's own.
-PROMPTS: Mapping[str, str] = {
-    # Alpaca's frame with a first thought: what models fine-tuned on MetaMathQA are asked with (arXiv 2309.12284).
-    "alpaca": (
+#: What ``--prompt`` may name beside `task`, which is the task's own: the text, and what ends an answer to it.
+PROMPTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "question": (_QUESTION, ()),
+    "plain": (_QUESTION + "\n", ()),
+    "qa": ("Q: {question}\nA:", ("\nQ:",)),
+    "alpaca": ("### Instruction:\n{question}\n\n### Response:\n", ("### Instruction:",)),
+    # Alpaca's long frame with a first thought: what models fine-tuned on MetaMathQA are asked with (arXiv 2309.12284).
+    "metamath": (
         "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\n{question}\n\n### Response: Let's think step by step."
+        "\n\n### Instruction:\n{question}\n\n### Response: Let's think step by step.",
+        ("### Instruction:",),
     ),
-    "boxed": "{question}\nPlease reason step by step, and put your final answer within \\boxed{}.",
+    "boxed": ("{question}\nPlease reason step by step, and put your final answer within \\boxed{}.", ()),
 }
 
 
-def prompt_template(config: EvaluateConfig, task: Task) -> str:
-    """The text around a question: the one that ``--prompt`` names or is; `boxed` in a chat, `plain` else.
+def choose_prompt(config: EvaluateConfig, task: Task) -> tuple[str, tuple[str, ...]]:
+    """The text around a question that ``--prompt`` names or is, and the strings that end an answer.
+
+    The text is `boxed` in a chat and the task's own else; the strings are those of ``--stop``, or the prompt's.
 
     Raises:
-        UserError: it is neither a name nor a text with ``{question}``.
+        UserError: ``--prompt`` is neither a name nor a text with ``{question}``.
     """
-    name = config.prompt or ("boxed" if config.chat else "plain")
-    if name == "plain":
-        return task.plain
-    if name in PROMPTS:
-        return PROMPTS[name]
-    if _QUESTION not in name:
+    name = config.prompt or ("boxed" if config.chat else "task")
+    if name == "task":
+        template, stop = task.prompt, task.stop
+    elif name in PROMPTS:
+        template, stop = PROMPTS[name]
+    elif _QUESTION in name:
+        template, stop = name, ()
+    else:
         raise UserError(
-            f"--prompt {name}: is neither plain, {', '.join(PROMPTS)}, nor a text that has {_QUESTION} where the "
+            f"--prompt {name}: is neither task, {', '.join(PROMPTS)}, nor a text that has {_QUESTION} where the "
             "question goes."
         )
-    return name
-
-
-def stop_strings(config: EvaluateConfig, task: Task) -> tuple[str, ...]:
-    """What ends an answer beside the end of text: ``--stop``, or the task's for its own prompt."""
-    if config.stop is not None:
-        return tuple(config.stop)
-    return task.stop if prompt_template(config, task) == task.plain else ()
+    return template, stop if config.stop is None else tuple(config.stop)
 
 
 def make_prompts(config: EvaluateConfig, task: Task, items: list[Item], tokenizer: Any) -> list[str]:
     """The whole text before each answer.
 
     Raises:
-        UserError: ``--chat`` with a tokenizer that has no chat template, or as `prompt_template`.
+        UserError: ``--chat`` with a tokenizer that has no chat template, or as `choose_prompt`.
     """
-    template = prompt_template(config, task)
+    template, _ = choose_prompt(config, task)
     texts = [template.replace(_QUESTION, item.question) for item in items]
     if not config.chat:
         return texts

@@ -20,7 +20,7 @@ from lorapre.lab.evaluate.config import EvaluateConfig
 from lorapre.lab.evaluate.folder import EvaluationFolder, Row
 from lorapre.lab.evaluate.generation import Decoding, complete, prompt_tokens
 from lorapre.lab.evaluate.loading import Source, find_source, fingerprint, load_config, load_model, load_tokenizer
-from lorapre.lab.evaluate.prompts import make_prompts, prompt_template, stop_strings
+from lorapre.lab.evaluate.prompts import choose_prompt, make_prompts
 from lorapre.lab.evaluate.scoring import score
 from lorapre.lab.evaluate.summary import summarise
 from lorapre.lab.evaluate.tasks import TASKS, Item, Task, read_items
@@ -59,15 +59,14 @@ def plan_evaluation(config: EvaluateConfig) -> Plan:
         second_opinion.check_installed()
     tasks = [TASKS[name] for name in config.tasks]
     for task in tasks:
-        prompt_template(config, task)
+        choose_prompt(config, task)  # before anything is read
     items = {task.name: read_items(task, config.data.get(task.name), config.limit) for task in tasks}
     tokenizer, model_config = load_tokenizer(source), load_config(source)
     questions = []
     for task in tasks:
         prompts = make_prompts(config, task, items[task.name], tokenizer)
-        decoding = Decoding(
-            config.max_new_tokens, config.temperature, config.top_p, stop_strings(config, task), not config.chat
-        )
+        _, stop = choose_prompt(config, task)
+        decoding = Decoding(config.max_new_tokens, config.temperature, config.top_p, stop, not config.chat)
         _check_lengths(config, task, prompts, tokenizer, decoding, model_config)
         questions.append(Questions(task, items[task.name], prompts, decoding))
     data = {f"the data of {task.name}": _digest([item.record for item in items[task.name]]) for task in tasks}

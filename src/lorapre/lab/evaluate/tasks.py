@@ -38,8 +38,8 @@ class Task:
         fields: what every record must hold, as non-empty text.
         item: makes an item of a record that has passed, at a position that counts from 0.
         marking: how answers are written.
-        plain: the prompt of a model that only completes text, with ``{question}``.
-        stop: what ends an answer to ``plain``: the model begins the next question.
+        prompt: for a model that only completes text, with ``{question}``.
+        stop: what ends an answer to ``prompt``: the model begins the next question.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Task:
     fields: tuple[str, ...]
     item: Callable[[Mapping[str, Any], int], Item]
     marking: Marking
-    plain: str
+    prompt: str
     stop: tuple[str, ...]
 
 
