@@ -77,17 +77,24 @@ class Interrupted(KeyboardInterrupt):
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Call with a number of batches, after which generation is interrupted; with None it is not any more."""
-    original, left = run.complete, [0]
+    """Call with a number of batches, after which generation is interrupted; with None it is not any more.
 
-    def complete(*given: Any) -> Any:
+    It returns the list of batches that are asked from then on, each as its number of prompts.
+    """
+    original, left = run.complete, [0]
+    asked: list[int] = []
+
+    def complete(model: Any, tokenizer: Any, prompts: list[str], *rest: Any) -> Any:
         if left[0] == 0:
             raise Interrupted
         left[0] -= 1
-        return original(*given)
+        asked.append(len(prompts))
+        return original(model, tokenizer, prompts, *rest)
 
-    def limit(batches: int | None) -> None:
+    def limit(batches: int | None) -> list[int]:
         left[0] = -1 if batches is None else batches
+        asked.clear()
+        return asked
 
     monkeypatch.setattr(run, "complete", complete)
     return limit
@@ -119,8 +126,9 @@ def test_rows_of_a_batch_that_is_not_whole_are_asked_again(place: Path, capsys: 
     before = tree(place / "out")
     lines = (place / "out" / "gsm8k.jsonl").read_text().splitlines(keepends=True)
     (place / "out" / "gsm8k.jsonl").write_text("".join(lines[:3]))
-    stop_after(2)
+    asked = stop_after(None)
     assert evaluate(capsys, *arguments("out")).code == 0
+    assert asked == [2, 1]  # items 3 and 4 together, as at first, and then the last one
     assert tree(place / "out") == before
 
 

@@ -53,7 +53,7 @@ class Task:
 
 def _gsm8k_item(record: Mapping[str, Any], position: int) -> Item:
     _, marker, gold = record["answer"].rpartition("#### ")
-    if not marker or not re.fullmatch(r"-?[0-9][0-9,]*(\.[0-9]+)?", gold.strip()):
+    if not marker or not re.fullmatch(r"-?([0-9][0-9,]*(\.[0-9]+)?|\.[0-9]+)", gold.strip()):
         raise ValueError("its 'answer' does not end in '#### ' and a number")
     return Item(str(position), record["question"], gold.strip().replace(",", ""), record)
 
