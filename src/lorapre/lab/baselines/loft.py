@@ -62,7 +62,7 @@ class LoFT(LoRAPairOptimizer):
 
     The scaling cancels: with another one, and factors of the same product, the weight takes the same steps. Differs
     from the released code, which scales B's gradient with an A that the same step has already moved, ignores the
-    scaling, adds 1e-6 to A's Gram matrix and 1e-8 to B's, has eps = 1e-4, and decays without the learning rate.
+    scaling, adds 1e-6 to B's Gram matrix and 1e-8 to A's, has eps = 1e-4, and decays without the learning rate.
 
     Args:
         params: A and B in turn, named or not, or groups of them with their ``scaling`` (`lora_pair_groups`).
