@@ -41,6 +41,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "packed": {"packing": True, "accumulation": 2},
     "lora": {"method": "lora", "dropout": 0.1, "lr": 0.01},
     "lora+": {"method": "lora+", "lr": 0.01},
+    "lora-pro": {"method": "lora-pro", "lr": 0.01},
+    "loft": {"method": "loft", "lr": 0.01},
     "dora": {"method": "dora", "lr": 0.01},
     "lorapre on lora": ADAPTED,
     "galore": {"method": "galore-ours", "rank": 4},

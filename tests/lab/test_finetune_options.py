@@ -24,7 +24,7 @@ from lorapre.lab.optimizers import OPTIMIZERS
 
 def test_every_optimizer_that_keeps_the_weights_is_a_method_and_adapters_are_too() -> None:
     rows = {name for name, entry in OPTIMIZERS.items() if entry.prepare is None} - {"adamw"} | {"full-adamw"}
-    assert set(METHODS) == rows | {"lora", "rslora", "lora+", "dora"}
+    assert set(METHODS) == rows | {"lora", "rslora", "lora+", "dora", "lora-pro", "loft"}
     assert FinetuneConfig(method="adamw").method == "full-adamw"
 
 

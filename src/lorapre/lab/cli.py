@@ -1,4 +1,4 @@
-"""The command line: ``lorapre pretrain | compare | finetune | optimizers``."""
+"""The command line: ``lorapre pretrain | compare | finetune | evaluate | optimizers``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lorapre.lab.cli_errors import explained
 from lorapre.lab.compare.command import compare
 from lorapre.lab.config import PretrainConfig, build_config, option_name, parse_options
 from lorapre.lab.errors import UserError
+from lorapre.lab.evaluate.command import evaluate
 from lorapre.lab.finetune.command import finetune
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -111,6 +112,7 @@ def pretrain(
 
 app.command()(compare)
 app.command()(finetune)
+app.command()(evaluate)
 
 
 @app.command()

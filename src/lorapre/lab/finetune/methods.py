@@ -12,6 +12,11 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.optim import Optimizer
 
+from lorapre.lab.baselines.loft import LoFT
+from lorapre.lab.baselines.loft import state_bytes as loft_state_bytes
+from lorapre.lab.baselines.lora_pairs import lora_pair_groups
+from lorapre.lab.baselines.lora_pro import LoRAPro
+from lorapre.lab.baselines.lora_pro import state_bytes as lora_pro_state_bytes
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.errors import UserError
 from lorapre.lab.finetune.config import TINY_MODEL, Adapter, FinetuneConfig
@@ -37,12 +42,16 @@ class Method:
         optimizer: row of the registry that moves what is trained, or comes nearest to ``build`` in state.
         adapter: kind of adapter that the method itself brings, None where ``--adapter`` decides.
         build: makes an optimizer that is no row of the registry.
+        state: bytes that ``build``'s optimizer holds for a model with adapters, where they are not the row's.
+        clips: the optimizer itself keeps to ``--max-grad-norm``, by a norm of its own.
     """
 
     name: str
     optimizer: str
     adapter: Adapter | None = None
     build: AdapterBuild | None = None
+    state: Callable[[nn.Module], int] | None = None
+    clips: bool = False
 
     @property
     def entry(self) -> OptimizerEntry:
@@ -64,13 +73,34 @@ def _loraplus(model: PeftModel, config: FinetuneConfig, lr: float) -> Optimizer:
     return optimizer
 
 
-#: Methods of adapters. An optimizer over pairs (lora_A, lora_B) is added here as one line, with a ``build`` that finds
-#: its pairs in the `PeftModel` it is given; nothing else has to know of it.
+def _pair_options(config: FinetuneConfig, lr: float) -> dict[str, Any]:
+    return {"lr": lr, "betas": (config.beta1, config.beta2), "eps": 1e-8, "weight_decay": config.weight_decay}
+
+
+def _lora_pro(model: PeftModel, config: FinetuneConfig, lr: float) -> Optimizer:
+    return LoRAPro(lora_pair_groups(model), **_pair_options(config, lr))
+
+
+def _loft(model: PeftModel, config: FinetuneConfig, lr: float) -> Optimizer:
+    return LoFT(lora_pair_groups(model), max_grad_norm=config.max_grad_norm or None, **_pair_options(config, lr))
+
+
+def _lora_pro_state(model: nn.Module) -> int:
+    return lora_pro_state_bytes(lora_pair_groups(model))
+
+
+def _loft_state(model: nn.Module) -> int:
+    return loft_state_bytes(lora_pair_groups(model))
+
+
+#: Methods of adapters.
 _ADAPTER_METHODS = (
     Method("lora", "adamw", "lora"),  # arXiv 2106.09685
     Method("rslora", "adamw", "rslora"),  # arXiv 2312.03732
     Method("lora+", "adamw", "lora", _loraplus),  # arXiv 2402.12354
     Method("dora", "adamw", "dora"),  # arXiv 2402.09353
+    Method("lora-pro", "adamw", "lora", _lora_pro, _lora_pro_state),  # arXiv 2407.18242
+    Method("loft", "adamw", "lora", _loft, _loft_state, clips=True),  # arXiv 2505.21289
 )
 
 #: Every optimizer of the registry but those that replace the weights by factors, which trained weights are not; and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def _memory(plan: Plan, steps: int) -> TrainingMemory:
     for param in model.parameters():
         if not (adapted and param.requires_grad):
             param.data = param.data.to(dtype)
-    return training_memory(planned_recipe(plan, steps), plan.method.entry, model)
+    memory = training_memory(planned_recipe(plan, steps), plan.method.entry, model)
+    return memory if plan.method.state is None else replace(memory, state=plan.method.state(model))
 
 
 def print_summary(summary: dict[str, Any], out: Path, console: Console) -> None:

@@ -130,6 +130,8 @@ def _trainer(
     torch.serialization.add_safe_globals(list(plan.method.entry.checkpoint_types()))
     lr = shared.lr
     assert lr is not None
+    if plan.method.clips:
+        shared = shared.model_copy(update={"max_grad_norm": 0.0})
     arguments = trainer_arguments(
         trainer_options(shared, folder, lr, plan.micro_batch, checkpoints=True),
         gradient_checkpointing=config.checkpointing,

@@ -1,0 +1,1 @@
+"""``lorapre evaluate``: answers of a language model to mathematical questions, item by item."""

@@ -1,0 +1,140 @@
+"""Generation: a batch against one prompt at a time, and against a plain loop without padding or cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from _evaluate import byte_tokenizer, random_llama
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lorapre.lab.evaluate.generation import Completion, Decoding, _Noise, complete
+
+PROMPTS = [
+    "A question?",
+    "Q",
+    "Another question that is quite a bit longer than the others, so all are padded: é?",
+    "7",
+]
+SEEDS = [11, 12, 13, 14]
+GREEDY = Decoding(max_new_tokens=24, temperature=0.0, top_p=1.0, stop=(), special_tokens=True)
+SAMPLED = replace(GREEDY, temperature=0.9, top_p=0.95)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    loaded = byte_tokenizer()
+    loaded.pad_token = loaded.eos_token
+    return loaded
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return random_llama().double()  # so that no tie is decided by rounding
+
+
+def tokens_of(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str, count: int, ends: set[int]
+) -> list[int]:
+    """The likeliest token each time, the whole text being read again for each."""
+    ids = tokenizer(prompt)["input_ids"]
+    found: list[int] = []
+    with torch.no_grad():
+        while len(found) < count:
+            token = int(model(torch.tensor([ids + found])).logits[0, -1].argmax())
+            if token in ends:
+                break
+            found.append(token)
+    return found
+
+
+def test_a_greedy_batch_is_what_a_plain_loop_gives_for_each_prompt_alone(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    expected = [tokens_of(model, tokenizer, prompt, 24, {0}) for prompt in PROMPTS]
+    found = complete(model, tokenizer, PROMPTS, SEEDS, GREEDY)
+    assert found == [
+        Completion(tokenizer.decode(tokens), len(tokens), "length" if len(tokens) == 24 else "eos")
+        for tokens in expected
+    ]
+    assert len({completion.text for completion in found}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_a_batch_is_the_same_as_one_prompt_at_a_time(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, decoding: Decoding
+) -> None:
+    batch = complete(model, tokenizer, PROMPTS, SEEDS, decoding)
+    alone = [complete(model, tokenizer, [p], [s], decoding)[0] for p, s in zip(PROMPTS, SEEDS, strict=True)]
+    assert batch == alone
+
+
+def test_a_sample_depends_on_its_seed(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    first, again, other = (complete(model, tokenizer, PROMPTS[:1], [seed], SAMPLED)[0].text for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_noise_samples_the_softmax() -> None:
+    rows = 20_000
+    logits = torch.tensor([1.0, 0.0, -1.0, 2.0, float("-inf")])
+    chosen = _Noise(range(rows), torch.device("cpu"))(torch.empty(0), logits.repeat(rows, 1)).argmax(-1)
+    share = torch.bincount(chosen, minlength=5) / rows
+    p = logits.softmax(0)
+    assert ((share - p).abs() <= 4 * (p * (1 - p) / rows).sqrt()).all()
+
+
+def test_the_nucleus_keeps_unlikely_tokens_out(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """With hardly any probability in it, the nucleus is the likeliest token alone."""
+    narrow = replace(SAMPLED, top_p=1e-6)
+    texts = [c.text for c in complete(model, tokenizer, PROMPTS, SEEDS, narrow)]
+    assert texts == [c.text for c in complete(model, tokenizer, PROMPTS, SEEDS, GREEDY)]
+
+
+def test_an_answer_ends_where_a_stop_string_begins_and_the_others_go_on(model: LlamaForCausalLM) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = "~"  # which is no end token
+    whole = complete(model, tokenizer, PROMPTS, SEEDS, GREEDY)
+    text = next(c.text for c in whole if c.finish == "length")
+    stop = (text[9:12], "never said")
+    found = complete(model, tokenizer, PROMPTS, SEEDS, replace(GREEDY, stop=stop))
+    for before, after in zip(whole, found, strict=True):
+        place = before.text.find(stop[0])
+        if place < 0:
+            assert after == before
+        else:
+            assert after == Completion(before.text[:place], place + 3, "stop")
+    assert {c.finish for c in found} >= {"stop", "length"}
+
+
+def test_an_end_token_ends_one_row_and_is_not_counted(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    end = tokens_of(model, tokenizer, PROMPTS[0], 8, {0})[5]
+    model.generation_config.eos_token_id = [0, end]
+    found = complete(model, tokenizer, PROMPTS, SEEDS, GREEDY)
+    for prompt, completion in zip(PROMPTS, found, strict=True):
+        tokens = tokens_of(model, tokenizer, prompt, 24, {0, end})
+        assert completion == Completion(tokenizer.decode(tokens), len(tokens), "length" if len(tokens) == 24 else "eos")
+    assert found[0].finish == "eos"
+
+
+def test_the_models_own_generation_settings_do_not_apply(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    expected = complete(model, tokenizer, PROMPTS, SEEDS, GREEDY)
+    model.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=3.0, max_length=40)
+    assert complete(model, tokenizer, PROMPTS, SEEDS, GREEDY) == expected
+    assert model.generation_config.repetition_penalty == 5.0
+
+
+def test_a_stop_string_that_is_a_special_token_ends_an_answer(model: LlamaForCausalLM) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    whole = complete(model, tokenizer, PROMPTS[:1], SEEDS[:1], GREEDY)[0]
+    end = whole.text[4]
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    (found,) = complete(model, tokenizer, PROMPTS[:1], SEEDS[:1], replace(GREEDY, stop=(end,)))
+    place = whole.text.index(end)
+    assert found == Completion(whole.text[:place], place, "eos")
