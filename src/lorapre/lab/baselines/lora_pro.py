@@ -39,7 +39,7 @@ def balanced(pair: Pair, g_A: Tensor, g_B: Tensor, gram_A: Spectrum, gram_B: Spe
 
 
 def state_bytes(groups: list[Group]) -> int:
-    """Bytes of the state of `LoRAPro` with ``moments="factors"`` for float32 pairs, given as `lora_pair_groups` does."""
+    """Bytes of `LoRAPro`'s state with ``moments="factors"``, for float32 pairs as `lora_pair_groups` gives them."""
     params = [param for group in groups for _, param in group["params"]]
     return sum(4 * (2 * (A.numel() + B.numel()) + 1) for A, B in zip(params[::2], params[1::2], strict=True))
 
