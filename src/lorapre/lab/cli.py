@@ -104,7 +104,7 @@ def pretrain(
     if dry_run:
         dry.print_dry_run(wanted, console)
         return
-    out = out or job.default_out(wanted)
+    out = out or job.default_out(wanted.optimizer)
     with explained(out, console, "pretrain"):
         summary = job.run_pretraining(wanted, out, console, resume=resume)
     print_summary(summary, out, console)

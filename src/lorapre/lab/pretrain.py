@@ -29,10 +29,10 @@ def process_state() -> PartialState:
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-def default_out(config: PretrainConfig) -> Path:
-    """``runs/<optimizer>-<date>-<time>``, the same on every process."""
+def default_out(kind: str) -> Path:
+    """``runs/<kind>-<date>-<time>``, the same on every process."""
     state = process_state()
-    name = [f"{config.optimizer}-{datetime.now():%Y%m%d-%H%M%S}"]
+    name = [f"{kind}-{datetime.now():%Y%m%d-%H%M%S}"]
     if state.num_processes > 1:
         torch.distributed.broadcast_object_list(name, src=0)
     return Path("runs") / name[0]
@@ -45,12 +45,7 @@ def load_resumable(out: Path) -> PretrainConfig:
         UserError: there is no run, or its configuration cannot be read.
     """
     folder = RunFolder(out)
-    if not folder.config.exists():
-        raise UserError(
-            f"--resume --out {out}: there is no run to resume, as {folder.config} does not exist. Leave --resume out "
-            "to start one, or give the folder of an interrupted run."
-        )
-    folder.check_writable()
+    folder.check_resumable()
     return build_config({}, config_file=folder.config)
 
 

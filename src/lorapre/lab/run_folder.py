@@ -91,6 +91,15 @@ class RunFolder:
         """The folder of the run that ``--compare optimizer`` adds; it has the same layout."""
         return RunFolder(self.path / f"compare-{optimizer}")
 
+    def check_resumable(self) -> None:
+        """Raise ``UserError`` where no run has begun here, or the folder cannot be written to."""
+        if not self.config.exists():
+            raise UserError(
+                f"--resume --out {self.path}: there is no run to resume, as {self.config} does not exist. Leave "
+                "--resume out to start one, or give the folder of an interrupted run."
+            )
+        self.check_writable()
+
     def create(self) -> None:
         """Make the folder and prove that it can be written to.
 

@@ -132,6 +132,7 @@ def finetune(
     from lorapre.lab.finetune.config import build_finetune_config
     from lorapre.lab.finetune.report import print_dry_run, print_summary
     from lorapre.lab.finetune.saving import merge_adapter
+    from lorapre.lab.pretrain import default_out
 
     console = opt.standard_output()
     if merge and out is not None and job.run_folder(out).summary.exists() and set(options) == {"merge"} and not resume:
@@ -144,7 +145,7 @@ def finetune(
     if dry_run:
         print_dry_run(wanted, console)
         return
-    out = out or job.default_out(wanted)
+    out = out or default_out(f"finetune-{wanted.method}")
     with explained(out, console, job.COMMAND):
         summary = job.run_finetuning(wanted, out, console, resume=resume)
     print_summary(summary, out, console)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from lorapre.lab.errors import UserError
@@ -31,15 +29,6 @@ def run_folder(out: Path) -> RunFolder:
     return RunFolder(out, COMMAND)
 
 
-def default_out(config: FinetuneConfig) -> Path:
-    """``runs/finetune-<method>-<date>-<time>``, the same on every process."""
-    state = process_state()
-    name = [f"finetune-{config.method}-{datetime.now():%Y%m%d-%H%M%S}"]
-    if state.num_processes > 1:
-        torch.distributed.broadcast_object_list(name, src=0)
-    return Path("runs") / name[0]
-
-
 def load_resumable(out: Path) -> FinetuneConfig:
     """The configuration of the run in ``out``, to go on with it.
 
@@ -47,12 +36,7 @@ def load_resumable(out: Path) -> FinetuneConfig:
         UserError: there is no run, or its configuration cannot be read.
     """
     folder = run_folder(out)
-    if not folder.config.exists():
-        raise UserError(
-            f"--resume --out {out}: there is no run to resume, as {folder.config} does not exist. Leave --resume out "
-            "to start one, or give the folder of an interrupted run."
-        )
-    folder.check_writable()
+    folder.check_resumable()
     return build_finetune_config({}, config_file=folder.config)
 
 
