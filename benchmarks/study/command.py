@@ -42,6 +42,14 @@ def stages(text: str) -> tuple[str, ...]:
     return names
 
 
+def pattern(text: str) -> re.Pattern[str]:
+    """A regular expression."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression ({error})") from None
+
+
 def main(began: float, description: str | None) -> None:
     """Parse the command line; train, publish. ``began`` is when the process did, by `time.monotonic`."""
     parser = argparse.ArgumentParser(
@@ -53,6 +61,7 @@ def main(began: float, description: str | None) -> None:
     parser.add_argument("--jobs-per-device", type=int, help="runs at a time on one GPU (default 3) or the CPU (1)")
     parser.add_argument("--budget", type=seconds, default=math.inf, help="90s, 25m, 1.5h; default: all that is wanted")
     parser.add_argument("--stages", type=stages, default=STAGES, help=f"default: {','.join(STAGES)}")
+    parser.add_argument("--only", type=pattern, help="a regular expression: only runs whose printed name has it")
     parser.add_argument("--publish", action="store_true", help="make no run")
     arguments = parser.parse_args()
     work: Path | None = arguments.work or RESULTS.get(arguments.profile)
@@ -64,7 +73,7 @@ def main(began: float, description: str | None) -> None:
     try:
         rows = Rows(work / "rows.jsonl")
         if not arguments.publish:
-            session = Session(profile, rows, arguments.stages, began + arguments.budget)
+            session = Session(profile, rows, arguments.stages, began + arguments.budget, arguments.only)
             session.make_runs(arguments.corpus, arguments.jobs_per_device)
     except KeyboardInterrupt:
         sys.exit("interrupted; go on with the same command")

@@ -38,6 +38,10 @@ class Run:
     lr: float
     seed: int
 
+    def __str__(self) -> str:
+        millions = f"{self.tokens / 1e6:g}m"
+        return f"{self.stage} {self.model} {millions} {self.contestant} lr {self.lr:g} seed {self.seed}"
+
     @property
     def key(self) -> Key:
         """The training, without the stage."""

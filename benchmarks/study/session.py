@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -33,11 +34,20 @@ class Session:
         rows: what has been trained; grows.
         stages: to be made, the most urgent first.
         deadline: of `time.monotonic`, when running runs are stopped.
+        only: of these stages, only the runs whose name (`str` of a `Run`) it is found in.
     """
 
-    def __init__(self, profile: Profile, rows: Rows, stages: Sequence[str], deadline: float) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        rows: Rows,
+        stages: Sequence[str],
+        deadline: float,
+        only: re.Pattern[str] | None = None,
+    ) -> None:
         rows.check_protocol(profile.protocol)
         self._profile, self._rows, self._stages, self._deadline = profile, rows, stages, deadline
+        self._only = only
         self._failures: Counter[Key] = Counter()
 
     def make_runs(self, corpus: Path, jobs_per_device: int | None) -> None:
@@ -67,7 +77,8 @@ class Session:
 
     def _wanted(self, running: Sequence[Run] = ()) -> list[Run]:
         keys = {run.key for run in running}
-        return wanted(self._profile, self._rows.losses, keys, self._failed(), self._stages)
+        runs = wanted(self._profile, self._rows.losses, keys, self._failed(), self._stages)
+        return [run for run in runs if self._only is None or self._only.search(str(run))]
 
     def _begin_what_fits(self, pool: Pool) -> None:
         for run in self._wanted(pool.running):
@@ -78,7 +89,7 @@ class Session:
 
     def _record(self, ending: Ending) -> None:
         run, row = ending.run, ending.row
-        name = f"{run.stage:6s} {run.model} {run.contestant} lr {run.lr:g} seed {run.seed}"
+        name = str(run)
         if row is None:
             self._failures[run.key] += 1 if ending.lost else MOST_LOSSES
             say(f"{name}: FAILED, {ending.error}")

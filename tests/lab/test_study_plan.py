@@ -5,6 +5,7 @@ Only light modules are imported here: the pool's workers import this file.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -453,3 +454,20 @@ def test_the_estimate_of_a_model_that_never_ran_grows_with_its_operations(tmp_pa
     assert larger == pytest.approx(50 * count["llama-60m"] / count["llama-20m"])
     unknown = session.estimate(replace(run, model="llama-60m", contestant="new"))
     assert unknown == pytest.approx(65 * count["llama-60m"] / count["llama-20m"])
+
+
+def test_of_the_wanted_runs_only_those_that_are_named_are_made(tmp_path: Path) -> None:
+    from study.command import pattern
+    from study.session import Session
+
+    rows, profile = Rows(tmp_path / "rows.jsonl"), PROFILES["main"]
+    everything = Session(profile, rows, ("rates",), math.inf)._wanted()
+    some = Session(profile, rows, ("rates",), math.inf, pattern(r"50m adamw|galore@1/4 lr 0\.02"))._wanted()
+    assert [str(run) for run in some] == [
+        "rates llama-20m 50m adamw lr 0.001 seed 0",
+        "rates llama-20m 50m adamw lr 0.002 seed 0",
+        "rates llama-20m 50m galore@1/4 lr 0.02 seed 0",
+    ]
+    assert set(some) < set(everything)
+    with pytest.raises(argparse.ArgumentTypeError, match="no regular expression"):
+        pattern("(")
