@@ -49,7 +49,7 @@ def finetune(
         str | None,
         opt.option(
             "lorapre-adamw (default), full-adamw or any other that `lorapre optimizers` lists, on all weights; or "
-            "lora, rslora, lora+, dora.",
+            "lora, rslora, lora+, dora, lora-pro, loft.",
             METHOD,
         ),
     ] = None,
