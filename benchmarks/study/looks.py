@@ -16,6 +16,7 @@ GREY = "#666666"
 NAMES = {
     "adamw": "AdamW",
     "adam-beta1-0": "AdamW, beta1 = 0",
+    "stable-adamw": "StableAdamW",
     "muon": "Muon",
     "galore": "GaLore",
     "fira": "Fira",
