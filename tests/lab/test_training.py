@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -17,6 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Trainer
 
 from lorapre.lab.optimizers import OPTIMIZERS
+from lorapre.lab.run_folder import RunFolder
+from lorapre.lab.training import starting_point
 
 SHORT = options(model="tiny.json", data="text.txt", tokenizer="bpe:300", batch_size=8, sequence_length=16, log_every=1)
 
@@ -192,3 +195,9 @@ def test_a_record_is_the_mean_since_the_one_before_and_the_last_step_has_one(pre
     assert [record["step"] for record in third if "loss" in record] == [3, 6, 8]
     means = [np.mean(every[:3]), np.mean(every[3:6]), np.mean(every[6:])]
     assert losses(here / "third") == pytest.approx(means, rel=1e-6)
+
+
+def test_on_a_machine_of_several_gpus_a_process_keeps_to_one_whatever_it_trains(tmp_path: Path) -> None:
+    arguments: Any = SimpleNamespace(n_gpu=2, _n_gpu=2, process_index=0, world_size=1)
+    assert starting_point(arguments, RunFolder(tmp_path), resume=False) == (None, [])
+    assert arguments._n_gpu == 1

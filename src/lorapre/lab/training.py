@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -174,19 +175,8 @@ def train(
     lr = entry.default_lr if config.lr is None else config.lr
     dense_lr = entry.default_dense_lr if config.dense_lr is None else config.dense_lr
     arguments = training_arguments(config, folder, lr, micro_batch, checkpoints=keep_model)
-    if arguments.n_gpu > 1:  # DataParallel, in which the Trainer would multiply the batch; torchrun is for several
-        arguments._n_gpu = 1
     main = arguments.process_index == 0
-
-    checkpoint = folder.last_checkpoint() if resume and main else None
-    if arguments.world_size > 1:
-        shared = [checkpoint]
-        torch.distributed.broadcast_object_list(shared, src=0)
-        checkpoint = shared[0]
-    previous: list[dict[str, Any]] = []
-    if main:
-        done = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
-        previous = folder.rewind_metrics(done)
+    checkpoint, previous = starting_point(arguments, folder, resume=resume)
     metrics = MetricsWriter(folder, config.tokens_per_step, previous)
     timer = StepTimer()
     diagnostics = diagnostics_writer(config, folder, checkpoint) if main else []
@@ -210,15 +200,8 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        with contextlib.suppress(AlreadyTrained):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        bar.stop()
-    metrics.pause()
-    valid_loss = _last_validation(trainer, config.total_steps)
+    run_trainer(trainer, checkpoint, bar, metrics)
+    valid_loss = last_validation(trainer, config.total_steps)
     summary: dict[str, Any] = {
         "optimizer": config.optimizer,
         "model": config.model,
@@ -259,7 +242,42 @@ def train(
     return summary
 
 
-def _last_validation(trainer: Trainer, steps: int) -> float:
+def starting_point(
+    arguments: TrainingArguments, folder: RunFolder, *, resume: bool
+) -> tuple[Path | None, list[dict[str, Any]]]:
+    """The checkpoint to go on from, the same on every process, and the first process's records up to it.
+
+    ``arguments`` keep to one device a process: over several the Trainer would take DataParallel and multiply the
+    batch; torchrun is for these.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    main = arguments.process_index == 0
+    checkpoint = folder.last_checkpoint() if resume and main else None
+    if arguments.world_size > 1:
+        shared = [checkpoint]
+        torch.distributed.broadcast_object_list(shared, src=0)
+        checkpoint = shared[0]
+    if not main:
+        return checkpoint, []
+    done = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+    return checkpoint, folder.rewind_metrics(done)
+
+
+def run_trainer(trainer: Trainer, checkpoint: Path | None, bar: ProgressBar, metrics: MetricsWriter) -> None:
+    """Train to the end, from ``checkpoint`` if there is one; the peak of the GPU's memory is counted from here."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        with contextlib.suppress(AlreadyTrained):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        bar.stop()
+    metrics.pause()
+
+
+def last_validation(trainer: Trainer, steps: int) -> float:
+    """The validation loss after ``steps``, measured now if the run has not."""
     for record in reversed(trainer.state.log_history):
         if "eval_loss" in record and record["step"] == steps:
             return float(record["eval_loss"])

@@ -17,7 +17,28 @@ _BELOW_ONE = ("beta", "rho")
 _AT_LEAST_ONE = ("rank", "update_gap", "newton_schulz_steps", "max_growth")
 
 
-class MatrixOptimizer(Optimizer):
+class CheckedOptimizer(Optimizer):
+    """Checks each parameter group as it is added; one that is refused is not kept."""
+
+    def _check_group(self, group: Group) -> None:
+        """Raise ``ValueError`` for parameters or options that the method cannot take."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: Group) -> None:
+        """As in torch; the group may set any option of the constructor.
+
+        Raises:
+            ValueError: the method cannot take a parameter, or an option is out of range.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+
+class MatrixOptimizer(CheckedOptimizer):
     """Base of optimizers that know matrices alone, each on its own: W <- (1 - lr weight_decay) W - lr direction.
 
     Subclasses say what the state of a matrix is and what direction it gives. The state is plain tensors in the
@@ -34,19 +55,6 @@ class MatrixOptimizer(Optimizer):
     def _direction(self, G: Tensor, state: State, group: Group, step: int) -> tuple[Tensor, State]:
         """The descent direction (p, q), and the entries of ``state`` that change; ``step`` counts from 1."""
         raise NotImplementedError
-
-    def add_param_group(self, param_group: Group) -> None:
-        """As in torch; the group may set any option of the constructor.
-
-        Raises:
-            ValueError: a parameter is no float32 or float64 matrix, or an option is out of range.
-        """
-        super().add_param_group(param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
 
     def _check_group(self, group: Group) -> None:
         known = (*_AT_LEAST_ZERO, *_BELOW_ONE, *_AT_LEAST_ONE)

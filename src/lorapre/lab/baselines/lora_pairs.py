@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from lorapre.lab.baselines._matrix_optimizer import Group, State
+from lorapre.lab.baselines._matrix_optimizer import CheckedOptimizer, Group, State
 
 _DTYPES = (torch.bfloat16, torch.float32, torch.float64)
 _AT_LEAST_ZERO = ("lr", "eps", "weight_decay", "delta")
@@ -121,7 +120,7 @@ class Pair:
             param.copy_(value)
 
 
-class LoRAPairOptimizer(Optimizer):
+class LoRAPairOptimizer(CheckedOptimizer):
     """Base of optimizers that move both factors of an adapter together.
 
     ``params`` hold A (r, in) and B (out, r) in turn: A, B, A, B, ...; ``scaling`` of a group is that of its adapters.
@@ -139,19 +138,6 @@ class LoRAPairOptimizer(Optimizer):
 
     def __init__(self, params: ParamsT, defaults: Group) -> None:
         super().__init__(params, {"scaling": 1.0, **defaults})
-
-    def add_param_group(self, param_group: Group) -> None:
-        """As in torch; the group may set any option of the constructor, and ``scaling``.
-
-        Raises:
-            ValueError: the parameters are no pairs, of a dtype that is not supported, or an option is out of range.
-        """
-        super().add_param_group(param_group)
-        try:
-            self._check_group(self.param_groups[-1])
-        except ValueError:
-            self.param_groups.pop()
-            raise
 
     def _check_group(self, group: Group) -> None:
         values = [(name, group[name]) for name in _AT_LEAST_ZERO]

@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +28,11 @@ Row = dict[str, Any]
 _JUDGES = ("math-verify", "latex2sympy2_extended", "sympy", "peft", "lm-eval")
 
 
-def _judges() -> dict[str, str]:
-    found = {}
-    for package in _JUDGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
 @dataclass(frozen=True)
-class EvaluationFolder:
+class EvaluationFolder(RunFolder):
     """Paths within the folder of an evaluation, and its state."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def provenance(self) -> Path:
-        return self.path / "provenance.json"
-
-    @property
-    def summary(self) -> Path:
-        return self.path / "summary.json"
+    command: str = "evaluate"
 
     def items(self, task: str) -> Path:
         """The rows of a task."""
@@ -74,11 +52,9 @@ class EvaluationFolder:
             self._check_same(config, data)
         elif self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"--out {self.path}: is not empty, and holds no evaluation. Give another folder.")
-        RunFolder(self.path).check_writable(create=True)
+        self.check_writable(create=True)
         if not self.config.exists():
-            record = provenance(seed=config.seed)
-            record["versions"] |= _judges()
-            write_json(self.provenance, {**record, "data": data})
+            write_json(self.provenance, {**provenance(*_JUDGES, seed=config.seed), "data": data})
             write_text(self.config, config.to_yaml())  # last: what has it has its provenance too
 
     def _check_same(self, config: EvaluateConfig, data: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback
 
 from lorapre.lab.callbacks import (
-    AlreadyTrained,
     CheckpointMarker,
     DivergenceGuard,
     LastStep,
@@ -32,7 +30,7 @@ from lorapre.lab.finetune.trainer import FinetuneTrainer, trainer_arguments
 from lorapre.lab.optimizers.measure import adamw_state_bytes, state_bytes
 from lorapre.lab.run_folder import RunFolder, write_json
 from lorapre.lab.timing import StepTimer, peak_bytes
-from lorapre.lab.training import trainer_options, unwrapped
+from lorapre.lab.training import last_validation, run_trainer, starting_point, trainer_options, unwrapped
 
 
 def tune(plan: Plan, data: Data, source: str, folder: RunFolder, console: Console, *, resume: bool) -> dict[str, Any]:
@@ -61,17 +59,10 @@ def tune(plan: Plan, data: Data, source: str, folder: RunFolder, console: Consol
     trainer, metrics, timer, bar, checkpoint = _trainer(plan, data, shared, model, folder, console, resume=resume)
     main = trainer.args.process_index == 0
     before = _before(trainer, plan, data, folder)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    try:
-        with contextlib.suppress(AlreadyTrained):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    finally:
-        bar.stop()
-    metrics.pause()
+    run_trainer(trainer, checkpoint, bar, metrics)
     optimizer = unwrapped(trainer.optimizer)
     held = state_bytes(optimizer)
-    loss = _last_validation(trainer, data.steps)
+    loss = last_validation(trainer, data.steps)
     trained = trainer.accelerator.unwrap_model(trainer.model)
     seen = data.steps * config.batch_size * len(data.train.rows) / data.rows
     seconds = max(metrics.seconds, 1e-9)
@@ -137,14 +128,7 @@ def _trainer(
         gradient_checkpointing=config.checkpointing,
     )
     main = arguments.process_index == 0
-    checkpoint = folder.last_checkpoint() if resume and main else None
-    if arguments.world_size > 1:
-        found = [checkpoint]
-        torch.distributed.broadcast_object_list(found, src=0)
-        checkpoint = found[0]
-    previous: list[dict[str, Any]] = []
-    if main:
-        previous = folder.rewind_metrics(int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0)
+    checkpoint, previous = starting_point(arguments, folder, resume=resume)
     metrics = MetricsWriter(folder, config.batch_size, previous, unit="sequences")
     timer = StepTimer()
     bar = ProgressBar(console, config.method, config.batch_size, unit="seq")
@@ -191,10 +175,3 @@ def _exact_match(model: Any, plan: Plan, data: Data) -> float | None:
     room = max(1, min(answer_room(data.valid), limit - max(len(question.prompt) for question in asked)))
     with torch.autocast(model.device.type, torch.bfloat16, enabled=plan.config.bf16):
         return exact_match(model, plan.base.tokenizer, asked, final, room)
-
-
-def _last_validation(trainer: FinetuneTrainer, steps: int) -> float:
-    for record in reversed(trainer.state.log_history):
-        if "eval_loss" in record and record["step"] == steps:
-            return float(record["eval_loss"])
-    return float(trainer.evaluate()["eval_loss"])
