@@ -1,0 +1,67 @@
+"""The numbers of a step, one row a matrix, on the device. Imports triton."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorapre import factors
+from lorapre.backends.eager import AdamHyperparameters
+from lorapre.backends.triton import elements
+from lorapre.factors import Coefficient
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The numbers of one step, in the order of the columns of the coefficients after the first."""
+
+    keep: Coefficient
+    cross: Coefficient
+    outside: Coefficient
+    v_scale: Coefficient
+    rate: Coefficient
+    decay: Coefficient
+    step: Coefficient
+
+    @classmethod
+    def at(cls, step: Coefficient, hyper: AdamHyperparameters) -> _Weights:
+        correction = factors.first_moment_correction(hyper.beta1, step)
+        outside = factors.residual_weight(hyper.residual_gain, step)
+        return cls(
+            keep=hyper.beta1 / correction,
+            cross=(1.0 - hyper.beta1) / correction - outside,
+            outside=outside,
+            v_scale=1.0 / (1.0 - hyper.beta2**step),
+            rate=hyper.lr * hyper.scale,
+            decay=1.0 - hyper.lr * hyper.weight_decay,
+            step=step,
+        )
+
+    def columns(self) -> tuple[Coefficient, ...]:
+        return self.keep, self.cross, self.outside, self.v_scale, self.rate, self.decay, self.step
+
+
+def coefficients(
+    step: Coefficient, hyper: AdamHyperparameters, enabled: Tensor | None, view_batch: int, n: int, device: torch.device
+) -> Tensor:
+    """The (n, 8) table of `lorapre.backends.triton.elements`; neither direction waits between host and device."""
+    out = torch.empty((n, elements.COLUMNS), dtype=torch.float32, device=device)
+    if isinstance(step, Tensor):
+        step = step.double() if view_batch == 1 else step.double().repeat_interleave(view_batch)
+    columns = _Weights.at(step, hyper).columns()
+    numbers = [column for column in columns if not isinstance(column, Tensor)]
+    if len(numbers) == len(columns):
+        masked = enabled is not None
+        elements.fill[(math.ceil(n / 128),)](
+            out, enabled.view(torch.uint8) if enabled is not None else out, *numbers, n, MASKED=masked
+        )
+        return out
+    for place, value in enumerate((1.0 if enabled is None else enabled, *columns)):
+        if isinstance(value, Tensor):
+            out.select(1, place).copy_(value)
+        else:
+            out.select(1, place).fill_(value)
+    return out

@@ -1,0 +1,126 @@
+"""Set-up of the Triton tests: the interpreter on the CPU, an optimizer that steps by the kernels, its eager twin.
+
+The interpreter runs one program after the other: matrices are small, and `small_blocks` makes blocks smaller.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from _support import Shape, make_params
+from lorapre import LoRAPreAdamW
+from lorapre.backends import eager
+from lorapre.backends import triton as backend
+from lorapre.backends.batches import Bucket
+from lorapre.backends.triton import table
+from lorapre.backends.triton.pointers import Pointers
+
+DEVICE = os.environ.get("LORAPRE_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+_REASON = backend.unavailable(DEVICE)
+needs_triton = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
+
+
+@pytest.fixture(autouse=True)
+def scalars_as_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter holds scalars in arrays of one element, which NumPy 2.4 no longer turns into ints."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 ranks at most, and loops cut into parts as on a GPU that the bucket does not fill."""
+    block = table.Blocks(32, 32, 16, 4, 1)
+    monkeypatch.setattr(table, "PROJECT", ((table.MAX_RANK, 4, block),))
+    monkeypatch.setattr(table, "UPDATE", ((table.MAX_RANK, 4, block),))
+    monkeypatch.setattr(table, "processors", lambda device: 6)
+    monkeypatch.setattr(table, "ELEMENTS", 512)
+
+
+class TritonAdamW(LoRAPreAdamW):
+    """LoRAPreAdamW whose matrices go to the kernels, or, with ``eagerly``, to what they are compared with."""
+
+    eagerly = False
+    stochastic: int | None = None  # the seed
+
+    def _step_bucket(self, bucket: Bucket, group: dict[str, Any]) -> None:
+        hyper = hyperparameters(self, group, bucket.params[0].device)
+        self.last = bucket, hyper
+        if self.eagerly:
+            eager.lorapre_adamw(bucket, hyper)
+            return
+        if not hasattr(self, "pointers"):
+            self.pointers = Pointers()
+        backend.lorapre_adamw(
+            bucket,
+            hyper,
+            self.pointers,
+            stochastic_rounding=self.stochastic is not None,
+            seed=self.stochastic or 0,
+        )
+
+
+class EagerAdamW(TritonAdamW):
+    eagerly = True
+
+
+def hyperparameters(optimizer: LoRAPreAdamW, group: dict[str, Any], device: torch.device) -> eager.AdamHyperparameters:
+    beta1, beta2 = group["betas"]
+    gain = group["residual_gain"]
+    return eager.AdamHyperparameters(
+        lr=optimizer._lr(group, device),
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        relative_eps=group["eps_mode"] == "relative",
+        weight_decay=group["weight_decay"],
+        scale=group["scale"],
+        residual_gain=1.0 - beta1 if gain is None else gain,
+        regressor=optimizer._regressor(group),
+        bias_correction=group["bias_correction"],
+        maximize=group["maximize"],
+    )
+
+
+#: Large, so that a weight is what the updates made of it and an error in them shows.
+OPTIONS: dict[str, Any] = {
+    "lr": 0.1,
+    "regression": "subspace",
+    "second_moment": "rank1",
+    "residual_gain": 1.0,
+    "betas": (0.9, 0.95),
+    "eps": 1e-8,
+    "eps_mode": "relative",
+    "weight_decay": 0.0,
+    "scale": 1.0,
+}
+
+
+def both(shapes: tuple[Shape, ...], dtype: torch.dtype, device: torch.device, **options: Any) -> list[TritonAdamW]:
+    """The kernels and the eager step from the same start."""
+    params = make_params(shapes, dtype, device)
+    return [
+        kind([nn.Parameter(param.detach().clone()) for param in params], **{"rank": 4, **OPTIONS, **options})
+        for kind in (TritonAdamW, EagerAdamW)
+    ]
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return list(optimizer.param_groups[0]["params"])

@@ -1,0 +1,234 @@
+"""The Triton step against the eager one and the formulas in float64: under Triton's interpreter, or on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from _support import ReferenceRun, Shape, assert_close, assert_same_bits, gradients, make_params, set_grads, snapshot
+from _triton import OPTIONS, TritonAdamW, both, needs_triton, params_of, scalars_as_bounds, small_blocks  # noqa: F401
+from lorapre.backends import batches
+from lorapre.backends.batches import Bucket
+from lorapre.backends.triton import table
+
+pytestmark = needs_triton
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shapes: tuple[Shape, ...]
+    rank: int = 4
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: int = 3
+    transposed_weights: bool = False
+    transposed_grads: bool = False
+    missing: frozenset[tuple[int, int]] = frozenset()
+    tensor_lr: bool = False
+
+
+PAIR: tuple[Shape, ...] = ((17, 33), (17, 33))
+CASES = [
+    Case("tall", ((130, 70),), rank=20),
+    Case("wide", ((40, 150),), rank=8),
+    Case("square", ((64, 64),), rank=16),
+    Case("odd, rank 1", ((17, 33),), rank=1),
+    Case("odd, rank close to the smaller side", ((17, 33),), rank=16),
+    Case("rank above two blocks", ((50, 60),), rank=37),
+    Case("two shapes", ((17, 33), (40, 20), (17, 33))),
+    Case("stacks", ((3, 17, 33), (3, 17, 33)), rank=3),
+    Case("stacks on the device", ((3, 17, 33), (3, 17, 33)), options={"capturable": True}),
+    Case("convolutions", ((12, 5, 3, 3), (12, 5, 3, 3))),
+    Case("flattened 1-d convolution", ((12, 7, 3),), options={"view_3d": "flatten"}),
+    Case("transposed", ((33, 50), (33, 50)), transposed_weights=True, transposed_grads=True),
+    Case("transposed gradients of plain weights", ((32, 48),), transposed_grads=True),
+    Case("residual gain of the paper", PAIR, options={"residual_gain": None}),
+    Case("no residual", PAIR, options={"residual_gain": 0.0}),
+    Case("residual gain above 1", PAIR, options={"residual_gain": 2.0}),
+    Case("absolute eps", PAIR, options={"eps_mode": "absolute", "eps": 1e-2}),
+    Case("large relative eps", PAIR, options={"eps": 0.3}),
+    Case("weight decay", PAIR, options={"weight_decay": 0.5}),
+    Case("scale", PAIR, options={"scale": 0.25, "weight_decay": 0.5}),
+    Case("maximize", PAIR, options={"maximize": True, "weight_decay": 0.5}),
+    Case("betas", PAIR, options={"betas": (0.5, 0.999)}),
+    Case("no memory in m", PAIR, options={"betas": (0.0, 0.9)}),
+    Case("skipping", PAIR, options={"nonfinite": "skip"}),
+    Case("gradients missing", PAIR, missing=frozenset({(0, 0), (1, 2)})),
+    Case(
+        "gradients missing, on the device, with everything else",
+        PAIR,
+        options={
+            "capturable": True,
+            "weight_decay": 0.5,
+            "scale": 0.5,
+            "maximize": True,
+            "residual_gain": None,
+        },
+        missing=frozenset({(0, 0), (1, 2)}),
+        tensor_lr=True,
+    ),
+]
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return tensor.mT.contiguous().mT
+
+
+def run_beside_the_reference(case: Case, dtype: torch.dtype, device: torch.device, tolerance: float) -> None:
+    params = make_params(case.shapes, dtype, device)
+    if case.transposed_weights:
+        params = [nn.Parameter(transposed(param.detach())) for param in params]
+    options = {**OPTIONS, **case.options}
+    if case.tensor_lr:
+        options["lr"] = torch.tensor(options["lr"], device=device)
+    optimizer = TritonAdamW(params, rank=case.rank, **options)
+    runs = [ReferenceRun(optimizer, param, optimizer.param_groups[0]) for param in params]
+    streams = [gradients(shape, case.steps, seed=i) for i, shape in enumerate(case.shapes)]
+    for step in range(case.steps):
+        for i, (param, run, stream) in enumerate(zip(params, runs, streams, strict=True)):
+            grad = next(stream).to(device, dtype)
+            if case.transposed_grads:
+                grad = transposed(grad)
+            if (i, step) in case.missing:
+                param.grad = None
+                continue
+            param.grad = grad
+            run.step(grad)
+        optimizer.step()
+    for param, run in zip(params, runs, strict=True):
+        run.check(optimizer, param, tolerance)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_the_step_is_that_of_the_formulas(case: Case, device: torch.device) -> None:
+    run_beside_the_reference(case, torch.float32, device, 1e-5)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("tall", ((100, 70),), rank=37),
+        Case("wide", ((40, 101), (40, 101)), rank=16, options={"capturable": True}),
+        Case("transposed", ((70, 50),), rank=20, transposed_weights=True, transposed_grads=True),
+    ],
+    ids=lambda case: case.name,
+)
+def test_the_cuts_into_blocks_and_parts_change_nothing(case: Case, device: torch.device) -> None:
+    run_beside_the_reference(case, torch.float32, device, 1e-5)
+
+
+def test_ranks_above_the_largest_block_are_taken_in_parts(device: torch.device) -> None:
+    rank = max(blocks.rank for _, _, blocks in table.UPDATE) + 2
+    run_beside_the_reference(Case("", ((rank + 5, rank + 9),), rank=rank, steps=2), torch.float32, device, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_are_rounded_to_nearest(dtype: torch.dtype, device: torch.device) -> None:
+    shape = (40, 50)
+    optimizer, _ = both((shape,), dtype, device, weight_decay=0.5)
+    (param,) = params_of(optimizer)
+    run = ReferenceRun(optimizer, param, optimizer.param_groups[0])
+    for grad in gradients(shape, 3):
+        param.grad = grad.to(device, dtype)
+        run.W = run._matrices(param)
+        run.step(param.grad)
+        optimizer.step()
+        exact, found = run.weight().to(dtype), param.detach().cpu()
+        # float32 puts a handful of numbers on the other side of the middle between two
+        assert (found != exact).float().mean() < 0.02
+        assert (
+            (found.double() - run.weight()).abs() <= 0.5001 * torch.finfo(dtype).eps * exact.abs()
+        ).float().mean() > 0.99
+    run.check(optimizer, param, torch.finfo(dtype).eps)
+    assert_close(optimizer.state[param]["v_row"], run.states[0].v_row, 1e-6)
+    assert optimizer.state[param]["m_B"].dtype == torch.float32
+
+
+def test_float32_weights_take_bfloat16_gradients(device: torch.device) -> None:
+    optimizer, expected = both(((24, 30),), torch.float32, device)
+    grad = next(gradients((24, 30), 1)).to(device, torch.bfloat16)
+    for each in (optimizer, expected):
+        (param,) = params_of(each)
+        state = each.state[param]
+        bucket = Bucket(
+            view=each._view(param, each.param_groups[0]),
+            params=[param.detach()],
+            grads=[grad],
+            state={key: [value] for key, value in state.items() if key != "step"},
+            step=1.0,
+        )
+        each._step_bucket(bucket, each.param_groups[0])
+    assert_close(params_of(optimizer)[0], params_of(expected)[0], 1e-6)
+
+
+def test_a_bfloat16_state_is_rounded_to_nearest(device: torch.device) -> None:
+    optimizer, expected = both(((24, 30),), torch.float32, device, state_dtype=torch.bfloat16)
+    grad = next(gradients((24, 30), 1)).float()
+    for each in (optimizer, expected):
+        set_grads(params_of(each), [grad])
+        each.step()
+    ours, theirs = (each.state[params_of(each)[0]] for each in (optimizer, expected))
+    for key in ("v_row", "v_col", "m_A", "m_B"):
+        assert ours[key].dtype == torch.bfloat16
+        assert (ours[key] != theirs[key]).float().mean() < 0.02, key
+        assert_close(ours[key], theirs[key], 1e-3, key)
+
+
+def test_pieces_of_limited_scratch_give_what_one_piece_gives(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: tuple[Shape, ...] = ((3, 17, 33),) * 3
+    whole, _ = both(shapes, torch.float32, device, capturable=True)
+    pieces, _ = both(shapes, torch.float32, device, capturable=True)
+    streams = [gradients(shapes[0], 2, seed=i) for i in range(3)]
+    for grads in zip(*streams, strict=True):
+        set_grads(params_of(whole), grads)
+        set_grads(params_of(pieces), grads)
+        whole.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(batches, "MAX_SCRATCH_NUMEL", 2 * 3 * (17 + 33) * 4)
+            pieces.step()
+    for mine, other in zip(snapshot(pieces), snapshot(whole), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_nothing_changes_where_the_step_is_not_enabled(capturable: bool, device: torch.device) -> None:
+    optimizer, _ = both(PAIR, torch.float32, device, capturable=capturable, nonfinite="skip", weight_decay=0.5)
+    set_grads(params_of(optimizer), [next(gradients(shape, 1, seed=i)) for i, shape in enumerate(PAIR)])
+    optimizer.step()
+    before = snapshot(optimizer)
+    params_of(optimizer)[0].grad.fill_(float("nan"))  # type: ignore[union-attr]
+    bucket, _hyper = optimizer.last
+    off = replace(bucket, step=bucket.step + 1, enabled=torch.tensor(False, device=device))
+    optimizer._step_bucket(off, optimizer.param_groups[0])
+    assert_same_bits(snapshot(optimizer), before)
+
+
+def test_zero_gradients_leave_a_fresh_matrix_where_it_is(device: torch.device) -> None:
+    optimizer, _ = both(((17, 33),), torch.float32, device)
+    (param,) = params_of(optimizer)
+    before = param.detach().clone()
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    assert_same_bits(param.detach(), before)
+    for key, value in optimizer.state[param].items():
+        assert value.isfinite().all(), key
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_rerun_gives_the_same_bits(device: torch.device) -> None:
+    shapes: tuple[Shape, ...] = ((70, 90), (70, 90))
+    grads = [next(gradients(shape, 1, seed=i)) for i, shape in enumerate(shapes)]
+    results = []
+    for _ in range(2):
+        optimizer, _ = both(shapes, torch.float32, device, rank=20)
+        set_grads(params_of(optimizer), grads)
+        optimizer.step()
+        results.append(snapshot(optimizer))
+    assert_same_bits(*results)

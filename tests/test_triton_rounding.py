@@ -1,0 +1,74 @@
+"""Stochastic rounding of bfloat16 weights in the Triton step: which bits, and what they are on average."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from _support import Shape, assert_same_bits, gradients, make_params
+from _triton import OPTIONS, TritonAdamW, needs_triton, scalars_as_bounds  # noqa: F401
+
+pytestmark = needs_triton
+
+
+def draw(
+    seed: int,
+    *,
+    step: float = 1.0,
+    size: float = 1.0,
+    shapes: tuple[Shape, ...] = ((20, 28),),
+    dtype: Any = torch.bfloat16,
+    device: torch.device,
+) -> list[Tensor]:
+    """The weights after one step from a start and a gradient (times ``size``) that are the same for every matrix."""
+    params = [nn.Parameter(p.detach().bfloat16().to(dtype)) for p in make_params(shapes, torch.float32, device)]
+    for param in params[1:]:
+        param.data.copy_(params[0].data)
+    optimizer = TritonAdamW(params, **{"rank": 4, **OPTIONS, "lr": 1e-3, "weight_decay": 2.0})
+    optimizer.stochastic = seed if dtype == torch.bfloat16 else None
+    for param in params[1:]:
+        for key, value in optimizer.state[param].items():
+            value.copy_(optimizer.state[params[0]][key])
+    for param in params:
+        optimizer.state[param]["step"].fill_(step - 1.0)
+        param.grad = (size * next(gradients(shapes[0], 1))).bfloat16().to(device, dtype)
+    optimizer.step()
+    return [param.detach().cpu() for param in params]
+
+
+def test_stochastic_rounding_repeats_by_seed_and_differs_by_seed_step_and_matrix(device: torch.device) -> None:
+    shapes: tuple[Shape, ...] = ((20, 28), (20, 28))
+    first = draw(5, shapes=shapes, device=device)
+    assert_same_bits(draw(5, shapes=shapes, device=device), first)
+    # bfloat16 is coarse: half of the numbers would fall alike if the draws were independent, all if they were one
+    assert (first[0] != first[1]).float().mean() > 0.05
+    assert (draw(6, device=device)[0] != first[0]).float().mean() > 0.05
+    # without a gradient only the weight decay is left, which is the same at every step
+    at_2, at_3 = (draw(5, step=step, size=0.0, device=device)[0] for step in (2.0, 3.0))
+    exact = [draw(0, step=step, size=0.0, dtype=torch.float32, device=device)[0] for step in (2.0, 3.0)]
+    assert_same_bits(*exact)
+    assert (at_2 != at_3).float().mean() > 0.05
+
+
+def test_stochastic_rounding_gives_one_of_two_neighbours_and_the_exact_value_on_average(device: torch.device) -> None:
+    count = 32
+    (exact,) = draw(0, dtype=torch.float32, device=device)
+    draws = torch.stack([draw(seed, device=device)[0] for seed in range(count)]).double()
+    exact = exact.double()
+    below = exact.abs().float().view(torch.int32).bitwise_and(-65536).view(torch.float32).double()
+    spacing = (exact.abs().float().view(torch.int32).bitwise_and(-65536) + 65536).view(torch.float32).double() - below
+    share = (exact.abs() - below) / spacing  # how far towards the neighbour further from zero
+    up = (draws.abs() > below).double()
+    outside = (draws.abs() != below) & (draws.abs() != below + spacing)
+    # float32 puts some exact values on the other side of a bfloat16 number
+    assert outside.double().mean() < 0.002
+    assert (draws.sign() == exact.sign()).all()
+    deviation = (up.mean(0) - share) / (share * (1 - share) / count).sqrt().clamp(min=0.2 / count)
+    assert abs(deviation.mean().item()) < 5 / exact.numel() ** 0.5
+    assert 0.8 < deviation.square().mean().item() < 1.2
+    # neighbours in a row are drawn independently
+    noise = up - share
+    correlation = (noise[:, :, 1:] * noise[:, :, :-1]).mean() / noise.square().mean()
+    assert abs(correlation.item()) < 5 / noise.numel() ** 0.5
