@@ -93,9 +93,9 @@ def hyperparameters(optimizer: LoRAPreAdamW, group: dict[str, Any], device: torc
         weight_decay=group["weight_decay"],
         scale=group["scale"],
         residual_gain=1.0 - beta1 if gain is None else gain,
+        bounded=group["bounded"],
         regressor=optimizer._regressor(group),
         bias_correction=group["bias_correction"],
-        maximize=group["maximize"],
     )
 
 

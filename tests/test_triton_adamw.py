@@ -54,6 +54,7 @@ CASES = [
     Case("weight decay", PAIR, options={"weight_decay": 0.5}),
     Case("scale", PAIR, options={"scale": 0.25, "weight_decay": 0.5}),
     Case("maximize", PAIR, options={"maximize": True, "weight_decay": 0.5}),
+    Case("unbounded", PAIR, options={"bounded": False}),
     Case("betas", PAIR, options={"betas": (0.5, 0.999)}),
     Case("no memory in m", PAIR, options={"betas": (0.0, 0.9)}),
     Case("skipping", PAIR, options={"nonfinite": "skip"}),
@@ -161,6 +162,7 @@ def test_float32_weights_take_bfloat16_gradients(device: torch.device) -> None:
             grads=[grad],
             state={key: [value] for key, value in state.items() if key != "step"},
             step=1.0,
+            maximize=False,
         )
         each._step_bucket(bucket, each.param_groups[0])
     assert_close(params_of(optimizer)[0], params_of(expected)[0], 1e-6)
@@ -219,6 +221,29 @@ def test_zero_gradients_leave_a_fresh_matrix_where_it_is(device: torch.device) -
     assert_same_bits(param.detach(), before)
     for key, value in optimizer.state[param].items():
         assert value.isfinite().all(), key
+
+
+@pytest.mark.parametrize("eps_mode", ["relative", "absolute"])
+def test_the_update_is_bounded_and_columns_without_gradients_stand_still(eps_mode: str, device: torch.device) -> None:
+    shape = (17, 33)
+    hardly = torch.ones(33, dtype=torch.float64)
+    hardly[3:6], hardly[6:9] = 0.0, 1e-7  # features that are never active, and hardly ever
+
+    def trained(**options: Any) -> list[Tensor]:
+        both_ways = both((shape,), torch.float32, device, eps_mode=eps_mode, rank=8, **options)
+        for optimizer in both_ways:
+            for grad in gradients(shape, 5):
+                set_grads(params_of(optimizer), [(grad * hardly).float()])
+                optimizer.step()
+        return [params_of(optimizer)[0].detach() for optimizer in both_ways]
+
+    start = make_params((shape,), torch.float32, device)[0].detach()
+    ours, theirs = trained()
+    assert_same_bits(ours[:, 3:6], start[:, 3:6])
+    assert_close(ours, theirs, 1e-4)
+    assert (trained(bounded=False)[0] - start)[:, 3:6].abs().max() > 3
+    # five updates of lr 0.1, none above 1 / sqrt(1 - beta2)
+    assert (ours - start).abs().max() <= 5 * 0.1 * 20**0.5
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -159,7 +159,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lorapre.backends.triton import elements, kernels, table
 
-numbers = "decay gain beta2 eps keep cross outside v_scale rate step".split()
+numbers = "decay gain beta2 eps keep cross outside v_scale rate step limit".split()
 batches = "A B GA K X U UG row_sums col_sums coefficients scalars".split()
 
 def build(kernel, target, warps=4, stages=2, **constants):
@@ -195,7 +195,7 @@ for target, rank, kind, narrow, precision in (
     build(elements.commit, target, ALIGNED=True, S_TYPE=kind, BLOCK=table.ELEMENTS, **ones(elements.commit))
     build(kernels.project, target, G_TYPE=kind, ALIGNED=1, BF16=narrow, PRECISION=precision,
           **ones(kernels.project), **tile(table.blocks(table.PROJECT, rank, size), rank))
-    made = build(kernels.update, target, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, RELATIVE=True,
+    made = build(kernels.update, target, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, RELATIVE=True, BOUNDED=True,
           STOCHASTIC=narrow, ROUNDS=7, W_ALIGNED=1, G_ALIGNED=2, BF16=narrow, MOMENTUM_PRECISION=precision,
           LEFT_PRECISION=precision, **ones(kernels.update), **tile(table.blocks(table.UPDATE, rank, size), rank))
     print(*sorted(made.asm.keys() & {"cubin", "hsaco"}), made.metadata.shared <= 227 * 1024)

@@ -11,6 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from lorapre import factors
 from lorapre.backends import batches
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
@@ -67,7 +68,7 @@ class _Step:
         self.p, self.q, self.r = view.p, view.q, view.rank
         self.n = len(piece.params) * view.batch
         self.hyper, self.first, self.seed = hyper, first, seed
-        self.device = piece.params[0].device
+        self.device, self.maximize = piece.params[0].device, piece.maximize
         self.W_dtype, self.G_dtype = piece.params[0].dtype, piece.grads[0].dtype
         self.S_type = _TYPES[state["m_B"][0].dtype]
         places = [place_of(piece.params, view), place_of(piece.grads, view)]
@@ -145,7 +146,7 @@ class _Step:
             BLOCK_R=block.rank,
             BLOCK_P=block.rows,
             BLOCK_Q=block.cols,
-            NEGATE=self.hyper.maximize,
+            NEGATE=self.maximize,
             ALIGNED=self._alignment(self.G_place, self.G_dtype, 1),
             BF16=self._narrow,
             PRECISION=table.PRECISION["project"],
@@ -213,6 +214,7 @@ class _Step:
             parts,
             length,
             self.hyper.beta2,
+            factors.update_bound(self.hyper.beta2, self.hyper.residual_gain),
             self.first,
             # Buckets number their matrices alike: the shape tells their streams apart.
             (self.p * 2_654_435_761 + self.q) % 2**31,
@@ -224,8 +226,9 @@ class _Step:
             BLOCK_R=block.rank,
             BLOCK_P=block.rows,
             BLOCK_Q=block.cols,
-            NEGATE=self.hyper.maximize,
+            NEGATE=self.maximize,
             RELATIVE=self.hyper.relative_eps,
+            BOUNDED=self.hyper.bounded,
             STOCHASTIC=self.seed is not None,
             ROUNDS=table.PHILOX_ROUNDS,
             W_ALIGNED=self._alignment(self.W_place, self.W_dtype, 0),

@@ -121,6 +121,7 @@ def update(
     parts,
     part_length,
     beta2,
+    limit,
     first_matrix,
     stream,
     seed,
@@ -133,6 +134,7 @@ def update(
     BLOCK_Q: tl.constexpr,
     NEGATE: tl.constexpr,
     RELATIVE: tl.constexpr,
+    BOUNDED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ROUNDS: tl.constexpr,
     W_ALIGNED: tl.constexpr,
@@ -211,11 +213,15 @@ def update(
             v = tl.load(v_row + rows, mask=rows < p, other=0.0).to(tl.float32) / mean * beta2
             v_hat = (v[:, None] * v_col[None, :] + (1.0 - beta2) * square) * v_scale
             denominator = tl.sqrt(v_hat) + eps
+            still = denominator <= eps  # where v is 0
             if RELATIVE:
                 denominator = tl.maximum(denominator, TINY)
+            direction = m / denominator
+            if BOUNDED:
+                direction = tl.where(still, 0.0, tl.minimum(tl.maximum(direction, -limit), limit))
             W_addresses = tile_of(W_base, rows, cols, W_row_stride, W_col_stride, W_ALIGNED)
             w = tl.load(W_addresses, mask=inside, other=0.0).to(tl.float32)
-            w = w * decay - rate * (m / denominator)
+            w = w * decay - rate * direction
             if STOCHASTIC:
                 element = (rows.to(tl.int64)[:, None] * q + cols[None, :]).to(tl.uint32)
                 zero = element * 0
