@@ -103,6 +103,7 @@ def test_parameters_that_would_be_trained_wrongly_are_refused_with_the_remedy(
         ({"damping_mode": "both"}, "damping_mode: 'both'.*'absolute', 'relative'"),
         ({"bias_correction": True}, "bias_correction: True.*'paper', 'exact'"),
         ({"eps_mode": "both"}, "eps_mode: 'both'.*'absolute', 'relative'"),
+        ({"backend": "cuda"}, "backend: 'cuda'.*'auto', 'eager', 'triton'"),
         ({"second_moment": "rank2"}, "second_moment: 'rank2'.*'rank1', 'hadamard', 'full'"),
         ({"second_moment": "hadamard", "second_moment_rank": 0}, "second_moment_rank: 0"),
         ({"second_moment": "hadamard", "second_moment_rank": 1.5}, r"second_moment_rank: 1.5.*second_moment_rank=0.25"),
@@ -213,6 +214,7 @@ OWN: dict[Kind, dict[str, Any]] = {
         "eps_mode": "absolute",
         "bounded": False,
         "update_clipping": True,
+        "backend": "eager",
         "scale": 0.5,
     },
     MUON: {
@@ -247,7 +249,7 @@ def test_every_option_may_be_set_in_a_group_and_matters(kind: Kind) -> None:
     by_options = trained({}, **{key: value for key, value in values.items() if key != "compress"})
     assert_same_bits(snapshot(in_group), snapshot(by_options))
     # and each of them reaches the step: left at its default, it gives another result
-    unseen = {"nonfinite", "capturable", "compress"}  # by finite gradients on a CPU
+    unseen = {"nonfinite", "capturable", "compress", "backend"}  # by finite gradients on a CPU
     # the bound and the clipping are met by other gradients, in test_contract_gradients.py
     for key in values.keys() - unseen - {"bounded", "update_clipping"}:
         changed = {**values, key: inspect.signature(kind.cls).parameters[key].default}
@@ -290,7 +292,7 @@ def test_a_preset_pins_every_option_that_the_paper_has_a_value_for(kind: Kind) -
     assert group["rank"] == 128
     # what is left to the defaults means nothing here, or is nobody's choice but the user's
     free = {"params", "lr", "rank", "second_moment_rank", "view_3d", "state_dtype", "seed", "maximize", "capturable"}
-    free |= {"nonfinite", "compress", "eps", "betas", "ns_steps", "ns_dtype", "scale"}
+    free |= {"nonfinite", "compress", "backend", "eps", "betas", "ns_steps", "ns_dtype", "scale"}
     assert set(group) <= free | set(kind.options)
 
 

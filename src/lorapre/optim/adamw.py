@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lorapre.backends import eager
+from lorapre.backends import dispatch
 from lorapre.backends.batches import Bucket
+from lorapre.backends.dispatch import Backend
+from lorapre.backends.eager import AdamHyperparameters
+from lorapre.backends.triton import Pointers
 from lorapre.factors import Regression
 from lorapre.optim.base import Group, keywords
 from lorapre.optim.checks import check_betas, check_choice
@@ -57,6 +60,8 @@ class LoRAPreAdamW(DenseAdamW):
         update_clipping: divide the update of a compressed matrix by max(1, RMS of G / sqrt(v)) (14), as StableAdamW
             does (arXiv 2304.13013): a gradient that v did not expect moves the weights no further than others.
         scale: multiplies the update of compressed matrices, not their weight decay; GaLore and the paper use 0.25.
+        backend: "triton" steps compressed matrices by kernels that hold no temporary of a matrix's size, "eager" in
+            batched torch; "auto" takes the kernels on a GPU wherever they support the options.
         view_3d: a 3-D weight is a "stack" of matrices, or to be flattened to (out, in * kernel): "flatten".
         state_dtype: dtype of the state; None is the parameter's own, but at least float32.
         seed: of the random right factors. Each parameter draws from its own stream, the same in every process.
@@ -90,6 +95,7 @@ class LoRAPreAdamW(DenseAdamW):
         bounded: bool = True,
         update_clipping: bool = True,
         scale: float = 1.0,
+        backend: Backend = "auto",
         view_3d: View3D = "stack",
         state_dtype: torch.dtype | None = None,
         seed: int = 0,
@@ -110,6 +116,7 @@ class LoRAPreAdamW(DenseAdamW):
         super()._check_group(group)
         check_betas(group["betas"])
         check_choice("bias_correction", group["bias_correction"], ("paper", "exact"))
+        check_choice("backend", group["backend"], ("auto", "eager", "triton"))
         check_choice("eps_mode", group["eps_mode"], ("absolute", "relative"))
         check_choice("second_moment", group["second_moment"], ("rank1", "hadamard", "full"))
         if group["second_moment_rank"] is not None:
@@ -138,9 +145,10 @@ class LoRAPreAdamW(DenseAdamW):
     def _step_bucket(self, bucket: Bucket, group: Group) -> None:
         beta1, beta2 = group["betas"]
         gain = group["residual_gain"]
-        eager.lorapre_adamw(
+        pointers: Pointers = self.__dict__.setdefault("_pointers", Pointers())  # no copy and no pickle has it
+        dispatch.lorapre_adamw(
             bucket,
-            eager.AdamHyperparameters(
+            AdamHyperparameters(
                 lr=self._lr(group, bucket.params[0].device),
                 beta1=beta1,
                 beta2=beta2,
@@ -154,6 +162,8 @@ class LoRAPreAdamW(DenseAdamW):
                 regressor=self._regressor(group),
                 bias_correction=group["bias_correction"],
             ),
+            group["backend"],
+            pointers,
         )
 
 

@@ -1,0 +1,96 @@
+"""Which backend `LoRAPreAdamW` steps with, and what it says where that is not the kernels."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from _support import assert_close, assert_same_bits, gradients, make_params, set_grads, snapshot
+from _triton import OPTIONS, needs_triton, scalars_as_bounds  # noqa: F401
+from lorapre import LoRAPreAdamW
+from lorapre.backends import dispatch, eager
+from lorapre.backends import triton as backend
+
+pytestmark = needs_triton
+SHAPES = ((17, 33), (3, 12, 20), (17, 33), (7,))
+
+
+def trained(device: torch.device, steps: int = 3, **options: Any) -> LoRAPreAdamW:
+    optimizer = LoRAPreAdamW(make_params(SHAPES, torch.float32, device), **{"rank": 4, **OPTIONS, **options})
+    train(optimizer, steps)
+    return optimizer
+
+
+def train(optimizer: LoRAPreAdamW, steps: int, seed: int = 0) -> None:
+    streams = [gradients(shape, steps, seed=seed + i) for i, shape in enumerate(SHAPES)]
+    for grads in zip(*streams, strict=True):
+        set_grads(optimizer.param_groups[0]["params"], grads)
+        optimizer.step()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the backends in the order in which they stepped buckets."""
+    made: list[str] = []
+    for module, name in ((eager, "eager"), (backend, "triton")):
+        original = module.lorapre_adamw
+
+        def counted(*args: Any, original: Any = original, name: str = name, **kwargs: Any) -> None:
+            made.append(name)
+            original(*args, **kwargs)
+
+        monkeypatch.setattr(module, "lorapre_adamw", counted)
+    return made
+
+
+def test_the_kernels_give_what_batched_torch_gives(device: torch.device, calls: list[str]) -> None:
+    by_kernels = trained(device, backend="triton")
+    assert set(calls) == {"triton"}
+    calls.clear()
+    in_torch = trained(device, backend="eager")
+    assert set(calls) == {"eager"}
+    for (weight, state), (other, its_state) in zip(snapshot(by_kernels), snapshot(in_torch), strict=True):
+        assert_close(weight, other, 1e-4)
+        for key in state:
+            assert_close(state[key], its_state[key], 1e-4, key)
+
+
+def test_auto_is_batched_torch_on_a_cpu_and_the_kernels_on_a_gpu(device: torch.device, calls: list[str]) -> None:
+    trained(device)
+    assert set(calls) == {"eager" if device.type == "cpu" else "triton"}
+
+
+def test_what_only_batched_torch_can_do_is_refused_by_the_kernels_and_logged_by_auto(
+    device: torch.device, calls: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"backend='triton' cannot step .*\(17, 33\): regression='newton'.*'auto'"):
+        trained(device, backend="triton", regression="newton")
+    assert calls == []
+    monkeypatch.setattr(dispatch, "_on_gpu", lambda bucket: True)
+    monkeypatch.setattr(dispatch, "_said", set())
+    with caplog.at_level(logging.INFO, logger="lorapre"):
+        trained(device, regression="newton")
+    assert set(calls) == {"eager"}
+    said = sorted(record.getMessage() for record in caplog.records)
+    assert len(said) == 2, "once for each shape, not at every step"
+    assert all("plain torch: regression='newton'" in message for message in said)
+    assert "(17, 33)" in said[0]
+    assert "(3, 12, 20)" in said[1]
+
+
+def test_a_copy_and_a_loaded_optimizer_go_on_with_addresses_of_their_own(device: torch.device) -> None:
+    optimizer = trained(device, backend="triton")
+    twin = copy.deepcopy(optimizer)
+    for each in (optimizer, twin):
+        train(each, 2, seed=9)
+    assert_same_bits(snapshot(twin), snapshot(optimizer))
+    params = [param.detach().clone().requires_grad_() for param in optimizer.param_groups[0]["params"]]
+    loaded = LoRAPreAdamW(params, rank=4, **{**OPTIONS, "backend": "triton"})
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for each in (optimizer, loaded):
+        train(each, 2, seed=19)
+    assert_same_bits(snapshot(loaded), snapshot(optimizer))
