@@ -214,7 +214,7 @@ class _Step:
             parts,
             length,
             self.hyper.beta2,
-            factors.update_bound(self.hyper.beta2, self.hyper.residual_gain),
+            factors.update_bound(self.hyper.beta2),
             self.first,
             # Buckets number their matrices alike: the shape tells their streams apart.
             (self.p * 2_654_435_761 + self.q) % 2**31,

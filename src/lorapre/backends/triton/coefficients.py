@@ -28,11 +28,10 @@ class _Weights:
 
     @classmethod
     def at(cls, step: Coefficient, hyper: AdamHyperparameters) -> _Weights:
-        correction = factors.first_moment_correction(hyper.beta1, step)
-        outside = factors.residual_weight(hyper.residual_gain, step)
+        keep, inside, outside = factors.average_weights(hyper.beta1, hyper.residual_gain, step)
         return cls(
-            keep=hyper.beta1 / correction,
-            cross=(1.0 - hyper.beta1) / correction - outside,
+            keep=keep,
+            cross=inside - outside,
             outside=outside,
             v_scale=1.0 / (1.0 - hyper.beta2**step),
             rate=hyper.lr * hyper.scale,
