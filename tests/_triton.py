@@ -94,6 +94,7 @@ def hyperparameters(optimizer: LoRAPreAdamW, group: dict[str, Any], device: torc
         scale=group["scale"],
         residual_gain=1.0 - beta1 if gain is None else gain,
         bounded=group["bounded"],
+        update_clipping=group["update_clipping"],
         regressor=optimizer._regressor(group),
         bias_correction=group["bias_correction"],
     )

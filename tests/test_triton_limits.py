@@ -53,7 +53,8 @@ def test_no_scratch_of_a_matrix_s_size_is_allocated(device: torch.device) -> Non
         sizes.append(watch.largest)
     n_p_q_bytes = 2 * 128 * 160 * 4
     assert sizes[1] >= n_p_q_bytes  # what the watch sees of the eager step
-    assert sizes[0] <= 2 * 2 * 160 * 4 * 4  # a factor in float64
+    factor = 2 * 2 * 160 * 4 * 4  # in float64; on a GPU a reduction is cut into parts
+    assert sizes[0] <= (factor if device.type == "cpu" else 3 * factor)
     assert 4 * sizes[0] < n_p_q_bytes
 
 
@@ -108,6 +109,7 @@ def test_what_the_kernels_cannot_do_is_said_in_words(device: torch.device) -> No
     assert "tangent" in str(reason(regression="tangent"))
     assert "v_A" in str(reason(second_moment="hadamard"))
     assert "exp_avg_sq" in str(reason(second_moment="full"))
+    assert "clip" in str(reason(update_clipping=True))
     assert "513" in str(reason((514, 515), rank=513))
 
 

@@ -60,6 +60,8 @@ def _unsupported_option(bucket: Bucket, hyper: AdamHyperparameters, stochastic_r
         return f"regression={hyper.regressor.regression!r}; the kernels follow 'subspace' only"
     if sorted(bucket.state) != ["m_A", "m_B", "v_col", "v_row"]:
         return f"the state {', '.join(sorted(bucket.state))}; the kernels keep m in factors and v in rank 1 only"
+    if hyper.update_clipping:
+        return "update_clipping=True; the kernels do not clip"
     if bucket.view.rank > table.MAX_RANK:
         return f"rank {bucket.view.rank}, above {table.MAX_RANK}"
     if stochastic_rounding and bucket.params[0].dtype != torch.bfloat16:
