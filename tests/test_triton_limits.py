@@ -159,10 +159,10 @@ import triton.language as tl
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lorapre.backends.triton import elements, kernels, table
+from lorapre.backends.triton import bases, elements, kernels, table
 
-numbers = "decay gain beta2 eps keep cross outside v_scale rate step limit".split()
-batches = "A B GA K X U UG row_sums col_sums coefficients scalars".split()
+numbers = "decay gain beta2 eps keep cross outside v_scale rate step limit shift".split()
+batches = "A B GA K X U UG row_sums col_sums coefficients scalars gram T".split()
 
 def build(kernel, target, warps=4, stages=2, **constants):
     names = kernel.arg_names
@@ -191,6 +191,7 @@ for target, rank, kind, narrow, precision in (
     def ones(kernel):
         return {name: 1 for name in kernel.arg_names if narrow and name in counts}
     build(elements.fill, target, MASKED=True)
+    build(bases.inverse_cholesky, target, warps=8, R=12, BLOCK=16, LAST=True)
     build(elements.gather, target, ALIGNED=True, S_TYPE=kind, BLOCK=table.ELEMENTS, **ones(elements.gather))
     build(elements.combine, target, S_TYPE=kind, RELATIVE=True, BLOCK=table.ELEMENTS,
           **ones(elements.combine))

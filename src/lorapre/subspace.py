@@ -13,6 +13,8 @@ Shapes as in `lorapre.factors`: ``G`` is (n, p, q), ``B`` is (n, p, r), ``A`` is
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,25 +33,35 @@ def orthonormalize(X: Tensor, *, passes: int = 2, gram_dtype: torch.dtype = torc
     """
     r = X.shape[-1]
     identity = torch.eye(r, dtype=gram_dtype, device=X.device)
-    eps = torch.finfo(gram_dtype).eps
     tiny = torch.finfo(X.dtype).tiny ** 0.5
-    Q = X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(X.dtype).tiny)
+    Q = scaled(X)
     for number in range(passes):
         last = number == passes - 1
-        # Dependent columns come out 1 / sqrt(shift) times what X's own precision rounds away: that must stay small.
-        wider = gram_dtype != X.dtype
-        shift = r * torch.finfo(X.dtype).eps ** 1.5 if wider else eps if last else 8 * r * eps
         wide = Q.to(gram_dtype)
         gram = wide.mT @ wide  # (n, r, r)
         length = gram.diagonal(dim1=-2, dim2=-1).sqrt()  # (n, r)
         inverse_length = torch.where(length > tiny, length.reciprocal(), 0.0)[:, None, :]  # (n, 1, r)
         gram = gram * inverse_length * inverse_length.mT
-        lower, info = torch.linalg.cholesky_ex(gram + shift * identity)
+        lower, info = torch.linalg.cholesky_ex(gram + diagonal_shift(r, X.dtype, gram_dtype, last=last) * identity)
         inverse = torch.linalg.solve_triangular(lower, identity.expand_as(gram), upper=False)  # (n, r, r)
         polished = torch.bmm(Q, (inverse_length.mT * inverse.mT).to(X.dtype))
         # Without its shift the last pass may find no decomposition; what came before is bounded, if less exact.
         Q = torch.where((info == 0)[:, None, None], polished, Q) if last and number > 0 else polished
     return Q
+
+
+def scaled(X: Tensor) -> Tensor:
+    """``X`` (n, p, r) with a largest element of 1 in each matrix, so that no square under- or overflows."""
+    return X / X.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(X.dtype).tiny)
+
+
+def diagonal_shift(r: int, dtype: torch.dtype, gram_dtype: torch.dtype, *, last: bool) -> float:
+    """What a pass of `orthonormalize` adds to the diagonal of a Gram matrix whose columns have length 1."""
+    eps = torch.finfo(gram_dtype).eps
+    if gram_dtype == dtype:
+        return eps if last else 8 * r * eps
+    # Dependent columns come out 1 / sqrt(shift) times what X's own precision rounds away: that must stay small.
+    return float(r * torch.finfo(dtype).eps ** 1.5)
 
 
 def sweep(B: Tensor, A: Tensor, G: Tensor, GA: Tensor, *, decay: float, gain: float) -> tuple[Tensor, Tensor]:
@@ -72,13 +84,18 @@ def carried(U: Tensor, B: Tensor, A: Tensor, *, decay: float) -> Tensor:
     return torch.bmm(torch.bmm(U.mT, B) * decay, A)
 
 
-def right_half(U: Tensor, L: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-    """The second half of `sweep`: (B, A) of the product U L with A's rows orthonormal, ``A`` being the old basis."""
-    new_A = _next_basis(L, A)
+def right_half(
+    U: Tensor, L: Tensor, A: Tensor, basis: Callable[[Tensor], Tensor] = orthonormalize
+) -> tuple[Tensor, Tensor]:
+    """The second half of `sweep`: (B, A) of the product U L with A's rows orthonormal, ``A`` being the old basis.
+
+    ``basis`` is what makes columns orthonormal.
+    """
+    new_A = _next_basis(L, A, basis)
     return torch.bmm(U, torch.bmm(L, new_A.mT)), new_A
 
 
-def _next_basis(L: Tensor, A: Tensor) -> Tensor:
+def _next_basis(L: Tensor, A: Tensor, basis: Callable[[Tensor], Tensor] = orthonormalize) -> Tensor:
     """An orthonormal basis (n, r, q) of the rows of ``L`` (n, r, q), filled up from the old basis ``A``.
 
     Where the momentum has a rank below r (a first gradient of low rank, none at all), L leaves directions open. A
@@ -86,7 +103,7 @@ def _next_basis(L: Tensor, A: Tensor) -> Tensor:
     """
     size = torch.linalg.vector_norm(L, dim=(-2, -1), keepdim=True) / L.shape[-2] ** 0.5
     size = torch.where(size > 0, size, 1.0)
-    return orthonormalize((L / size + 8 * torch.finfo(L.dtype).eps * A).mT).mT.contiguous()
+    return basis((L / size + 8 * torch.finfo(L.dtype).eps * A).mT).mT.contiguous()
 
 
 def tangent_step(B: Tensor, A: Tensor, G: Tensor, GA: Tensor, *, decay: float, gain: float) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,10 @@ from lorapre.backends import batches
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
 from lorapre.backends.triton import elements, kernels, table
+from lorapre.backends.triton.bases import orthonormalize
 from lorapre.backends.triton.coefficients import coefficients
 from lorapre.backends.triton.pointers import Addresses, Place, Pointers, place_of
-from lorapre.subspace import carried, orthonormalize, right_half
+from lorapre.subspace import carried, right_half
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -99,7 +100,7 @@ class _Step:
         L = carried(U, B, A, decay=self.hyper.beta1)
         L.add_(UG[:, 0] if UG.shape[1] == 1 else UG.sum(dim=1), alpha=gain)
         del UG
-        self._commit(*right_half(U, L, A), row_sums, col_sums)
+        self._commit(*right_half(U, L, A, orthonormalize), row_sums, col_sums)
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty((self.n, *shape), dtype=torch.float32, device=self.device)

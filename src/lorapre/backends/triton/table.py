@@ -15,6 +15,9 @@ import torch
 #: Largest rank that the kernels take.
 MAX_RANK = 512
 
+#: Largest rank whose r x r matrices a program decomposes in its registers.
+REGISTER_RANK = 128
+
 #: Precision of float32 products (`tl.dot`) by use: "ieee", "tf32x3" or "tf32".
 #: ``project`` is G A^T, ``momentum`` is X A, ``left`` is U^T G.
 PRECISION: dict[str, str] = {"project": "ieee", "momentum": "ieee", "left": "ieee"}
