@@ -28,13 +28,10 @@ def step_bucket(bucket: Bucket, hyper: AdamHyperparameters, pointers: Pointers, 
     """Two reads of G, one read and one write of W; besides them multiples of (p + q) r numbers a matrix.
 
     Launches for a bucket: 6 of ours (coefficients, factors in, G A^T, the left targets, the update, factors out), one
-    sum where the rows' loop is split because the bucket is small, and some 90 operations in torch: 40 in each of the
-    two `orthonormalize`, among them two batched Cholesky decompositions and triangular solves, which are several
-    launches each, and 10 between. With counters on the device the coefficients are some 20 operations on n numbers
-    instead of one launch. What torch does there also moves about 150 bytes for each of the p r numbers of a left
-    factor and 170 for those of a right one (most of it `orthonormalize`, 90 bytes where 24 would do): at r = p / 16
-    as much again as the two passes. Kernels for the Gram matrix, for its inverse Cholesky factor and for the product
-    with it, 6 to 8 launches for both bases, are what would remove that.
+    sum where the rows' loop is split because the bucket is small, and for each of the two bases 3 of ours, 6 products
+    and 3 that scale (see `lorapre.backends.triton.bases`; above its largest rank torch's decompositions, some 40
+    operations), and 10 between. With counters on the device the coefficients are some 20 operations on n numbers
+    instead of one launch.
 
     Args:
         bucket: matrices that `lorapre.backends.triton.supports`.

@@ -1,6 +1,6 @@
 """Orthonormal bases by Cholesky QR, the r x r algebra of a pass in one launch. Imports triton.
 
-The same as `lorapre.subspace.orthonormalize` with three passes in float32, whose decompositions, inversions and the dozen
+The same as `lorapre.subspace.orthonormalize` with three passes in float32. Decompositions, inversions and the dozen
 small operations around them are a hundred launches there.
 """
 
