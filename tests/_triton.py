@@ -18,7 +18,7 @@ from lorapre.backends import eager
 from lorapre.backends import triton as backend
 from lorapre.backends.batches import Bucket
 from lorapre.backends.triton import table
-from lorapre.backends.triton.pointers import Pointers
+from lorapre.backends.triton.layout import Layouts
 
 DEVICE = os.environ.get("LORAPRE_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
@@ -46,11 +46,11 @@ def scalars_as_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 16 ranks at most, and loops cut into parts as on a GPU that the bucket does not fill."""
+    """Blocks of 16 ranks at most, and chunks of 64 rows."""
     block = table.Blocks(32, 32, 16, 4, 1)
     monkeypatch.setattr(table, "PROJECT", ((table.MAX_RANK, 4, block),))
     monkeypatch.setattr(table, "UPDATE", ((table.MAX_RANK, 4, block),))
-    monkeypatch.setattr(table, "processors", lambda device: 6)
+    monkeypatch.setattr(table, "CHUNK", 64)
     monkeypatch.setattr(table, "ELEMENTS", 512)
 
 
@@ -60,18 +60,19 @@ class TritonAdamW(LoRAPreAdamW):
     eagerly = False
     stochastic: int | None = None  # the seed
 
-    def _step_bucket(self, bucket: Bucket, group: dict[str, Any]) -> None:
-        hyper = hyperparameters(self, group, bucket.params[0].device)
-        self.last = bucket, hyper
+    def _step_buckets(self, buckets: list[Bucket], group: dict[str, Any]) -> None:
+        hyper = hyperparameters(self, group, buckets[0].params[0].device)
+        self.last = buckets[-1], hyper
         if self.eagerly:
-            eager.lorapre_adamw(bucket, hyper)
+            for bucket in buckets:
+                eager.lorapre_adamw(bucket, hyper)
             return
-        if not hasattr(self, "pointers"):
-            self.pointers = Pointers()
+        if not hasattr(self, "layouts"):
+            self.layouts = Layouts()
         backend.lorapre_adamw(
-            bucket,
+            buckets,
             hyper,
-            self.pointers,
+            self.layouts,
             stochastic_rounding=self.stochastic is not None,
             seed=self.stochastic or 0,
         )
@@ -111,6 +112,7 @@ OPTIONS: dict[str, Any] = {
     "eps_mode": "relative",
     "weight_decay": 0.0,
     "scale": 1.0,
+    "update_clipping": False,
 }
 
 

@@ -47,7 +47,9 @@ CASES = [
     Case("transposed", ((33, 50), (33, 50)), transposed_weights=True, transposed_grads=True),
     Case("transposed gradients of plain weights", ((32, 48),), transposed_grads=True),
     Case("residual gain of the paper", PAIR, options={"residual_gain": None}),
-    Case("no residual", PAIR, options={"residual_gain": 0.0}),
+    Case("hardly any residual", PAIR, options={"residual_gain": 0.01}),
+    Case("clipped", PAIR, options={"update_clipping": True}),
+    Case("clipped, unbounded, with a gain of 4", PAIR, options={"update_clipping": True, "bounded": False, "residual_gain": 4.0}),
     Case("residual gain above 1", PAIR, options={"residual_gain": 2.0}),
     Case("absolute eps", PAIR, options={"eps_mode": "absolute", "eps": 1e-2}),
     Case("large relative eps", PAIR, options={"eps": 0.3}),
@@ -164,7 +166,7 @@ def test_float32_weights_take_bfloat16_gradients(device: torch.device) -> None:
             step=1.0,
             maximize=False,
         )
-        each._step_bucket(bucket, each.param_groups[0])
+        each._step_buckets([bucket], each.param_groups[0])
     assert_close(params_of(optimizer)[0], params_of(expected)[0], 1e-6)
 
 
@@ -208,7 +210,7 @@ def test_nothing_changes_where_the_step_is_not_enabled(capturable: bool, device:
     params_of(optimizer)[0].grad.fill_(float("nan"))  # type: ignore[union-attr]
     bucket, _hyper = optimizer.last
     off = replace(bucket, step=bucket.step + 1, enabled=torch.tensor(False, device=device))
-    optimizer._step_bucket(off, optimizer.param_groups[0])
+    optimizer._step_buckets([off], optimizer.param_groups[0])
     assert_same_bits(snapshot(optimizer), before)
 
 

@@ -37,6 +37,7 @@ class Bucket:
         step: number t of this step, from 1: a float, or a tensor with one entry a parameter.
         maximize: ascend.
         enabled: a 0-d bool tensor on the device; where False, nothing changes (the gradients are not finite).
+        first: how many matrices of the same kind went before, where a bucket is a part of one.
     """
 
     view: MatrixView
@@ -46,6 +47,7 @@ class Bucket:
     step: Coefficient
     maximize: bool
     enabled: Tensor | None = None
+    first: int = 0
 
     def pieces(self) -> Iterator[Piece]:
         """The bucket in parts whose p x q scratch stays below `scratch_numel` (or is one parameter)."""

@@ -1,14 +1,15 @@
-"""Which backend steps a bucket."""
+"""Which backend steps which bucket."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 from lorapre.backends import eager, triton
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
-from lorapre.backends.triton import Pointers
+from lorapre.backends.triton import Layouts
 
 Backend: TypeAlias = Literal["auto", "eager", "triton"]
 
@@ -16,32 +17,40 @@ _logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
 
-def lorapre_adamw(bucket: Bucket, hyper: AdamHyperparameters, backend: Backend, pointers: Pointers) -> None:
-    """One step of LoRA-Pre Adam for a bucket of matrices, in place, by the kernels or by batched torch.
+def lorapre_adamw(
+    buckets: Sequence[Bucket], hyper: AdamHyperparameters, backend: Backend, layouts: Layouts
+) -> None:
+    """One step of LoRA-Pre Adam for some buckets of matrices, in place, by the kernels or by batched torch.
 
     Args:
-        bucket: the matrices.
+        buckets: the matrices, on one device.
         hyper: the options.
         backend: "auto" takes the kernels on a GPU wherever they can step the bucket, and logs the reason once where
             they cannot.
-        pointers: of the kernels, kept from step to step.
+        layouts: of the kernels, kept from step to step.
 
     Raises:
-        ValueError: ``backend`` is "triton", and the kernels cannot step this bucket.
+        ValueError: ``backend`` is "triton", and the kernels cannot step one of the buckets. Nothing has changed then.
     """
-    if backend == "eager" or (backend == "auto" and not _on_gpu(bucket)):
-        eager.lorapre_adamw(bucket, hyper)
-        return
-    reason = triton.supports(bucket, hyper)
-    if reason is None:
-        triton.lorapre_adamw(bucket, hyper, pointers)
-    elif backend == "triton":
-        raise ValueError(
-            f"backend='triton' cannot step matrices of shape {tuple(bucket.params[0].shape)}: {reason}. Use "
-            "backend='auto', which steps such matrices in plain torch."
-        )
-    else:
-        _say_once(f"Matrices of shape {tuple(bucket.params[0].shape)} are stepped in plain torch: {reason}.")
+    by_kernels, in_torch = [], []
+    for bucket in buckets:
+        if backend == "eager" or (backend == "auto" and not _on_gpu(bucket)):
+            in_torch.append(bucket)
+            continue
+        reason = triton.supports(bucket, hyper)
+        if reason is None:
+            by_kernels.append(bucket)
+        elif backend == "triton":
+            raise ValueError(
+                f"backend='triton' cannot step matrices of shape {tuple(bucket.params[0].shape)}: {reason}. Use "
+                "backend='auto', which steps such matrices in plain torch."
+            )
+        else:
+            _say_once(f"Matrices of shape {tuple(bucket.params[0].shape)} are stepped in plain torch: {reason}.")
+            in_torch.append(bucket)
+    if by_kernels:
+        triton.lorapre_adamw(by_kernels, hyper, layouts)
+    for bucket in in_torch:
         eager.lorapre_adamw(bucket, hyper)
 
 

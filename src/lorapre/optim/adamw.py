@@ -13,7 +13,7 @@ from lorapre.backends import dispatch
 from lorapre.backends.batches import Bucket
 from lorapre.backends.dispatch import Backend
 from lorapre.backends.eager import AdamHyperparameters
-from lorapre.backends.triton import Pointers
+from lorapre.backends.triton import Layouts
 from lorapre.factors import Regression
 from lorapre.optim.base import Group, keywords
 from lorapre.optim.checks import check_betas, check_choice
@@ -142,14 +142,14 @@ class LoRAPreAdamW(DenseAdamW):
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         return state
 
-    def _step_bucket(self, bucket: Bucket, group: Group) -> None:
+    def _step_buckets(self, buckets: list[Bucket], group: Group) -> None:
         beta1, beta2 = group["betas"]
         gain = group["residual_gain"]
-        pointers: Pointers = self.__dict__.setdefault("_pointers", Pointers())  # no copy and no pickle has it
+        layouts: Layouts = self.__dict__.setdefault("_layouts", Layouts())  # no copy and no pickle has it
         dispatch.lorapre_adamw(
-            bucket,
+            buckets,
             AdamHyperparameters(
-                lr=self._lr(group, bucket.params[0].device),
+                lr=self._lr(group, buckets[0].params[0].device),
                 beta1=beta1,
                 beta2=beta2,
                 eps=group["eps"],
@@ -163,7 +163,7 @@ class LoRAPreAdamW(DenseAdamW):
                 bias_correction=group["bias_correction"],
             ),
             group["backend"],
-            pointers,
+            layouts,
         )
 
 

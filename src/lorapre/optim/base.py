@@ -267,7 +267,7 @@ class FactoredOptimizer(Optimizer):
         return loss
 
     def _step_matrices(self, matrices: list[tuple[Tensor, MatrixView]], group: Group, mask: Tensor | None) -> None:
-        """Bucket by everything that must be equal within a batch, then one call of the backend a bucket."""
+        """Bucket by everything that must be equal within a batch, and step the buckets of each device together."""
         buckets: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
         for param, view in matrices:
             state = self.state[param]
@@ -276,6 +276,8 @@ class FactoredOptimizer(Optimizer):
             dtype = next(value.dtype for name, value in state.items() if name != "step")
             key = (view, param.shape, param.device, param.dtype, dtype, count)
             buckets[key].append(param)
+        by_device: dict[torch.device, list[Bucket]] = defaultdict(list)
+        advancing: list[list[Tensor]] = []
         for (view, *_, count), params in buckets.items():
             states = [self.state[param] for param in params]
             steps = [state["step"] for state in states]
@@ -288,11 +290,20 @@ class FactoredOptimizer(Optimizer):
                 maximize=group["maximize"],
                 enabled=None if mask is None else mask.to(params[0].device),
             )
-            self._step_bucket(bucket, group)
+            by_device[params[0].device].append(bucket)
+            advancing.append(steps)
+        for together in by_device.values():
+            self._step_buckets(together, group)
+        for steps in advancing:
             if mask is None:
                 torch._foreach_add_(steps, 1.0)
             else:  # as a list: given one tensor, the CUDA kernel asks the host for its value
                 torch._foreach_add_(steps, [mask.to(steps[0].device, steps[0].dtype)] * len(steps))
+
+    def _step_buckets(self, buckets: list[Bucket], group: Group) -> None:
+        """Update the matrices of some buckets, all on one device; here bucket by bucket."""
+        for bucket in buckets:
+            self._step_bucket(bucket, group)
 
     @staticmethod
     def _lr(group: Group, device: torch.device) -> Coefficient:

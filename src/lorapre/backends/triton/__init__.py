@@ -1,10 +1,11 @@
-"""LoRA-Pre Adam as two Triton kernels over the gradients, with no scratch of a matrix's size.
+"""LoRA-Pre Adam as Triton kernels: two passes over the gradients, with no scratch of a matrix's size.
 
 Importing this package needs no triton; `supports` says why a bucket cannot be stepped here, and imports it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -12,11 +13,14 @@ import torch
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
 from lorapre.backends.triton import table
-from lorapre.backends.triton.pointers import Pointers, place_of
+from lorapre.backends.triton.layout import Layouts, place_of
 
-__all__ = ["Pointers", "lorapre_adamw", "supports"]
+__all__ = ["Layouts", "cohorts", "lorapre_adamw", "supports"]
 
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
+
+#: Of the residual: m_B is found again from what took its place, divided by it (`elements.carry`).
+_LEAST_GAIN = 1e-3
 
 
 @cache
@@ -60,8 +64,8 @@ def _unsupported_option(bucket: Bucket, hyper: AdamHyperparameters, stochastic_r
         return f"regression={hyper.regressor.regression!r}; the kernels follow 'subspace' only"
     if sorted(bucket.state) != ["m_A", "m_B", "v_col", "v_row"]:
         return f"the state {', '.join(sorted(bucket.state))}; the kernels keep m in factors and v in rank 1 only"
-    if hyper.update_clipping:
-        return "update_clipping=True; the kernels do not clip"
+    if hyper.residual_gain < _LEAST_GAIN:
+        return f"residual_gain={hyper.residual_gain}; the kernels take back what it divides, from {_LEAST_GAIN} on"
     if bucket.view.rank > table.MAX_RANK:
         return f"rank {bucket.view.rank}, above {table.MAX_RANK}"
     if stochastic_rounding and bucket.params[0].dtype != torch.bfloat16:
@@ -87,24 +91,37 @@ def _unsupported_tensor(bucket: Bucket) -> str | None:
     return None
 
 
+def cohorts(buckets: Sequence[Bucket]) -> list[list[Bucket]]:
+    """``buckets`` by all that must be equal within one launch, which is not their shape."""
+    found: dict[object, list[Bucket]] = {}
+    for bucket in buckets:
+        step = None if isinstance(bucket.step, torch.Tensor) else bucket.step
+        dtypes = bucket.params[0].dtype, bucket.grads[0].dtype, bucket.state["m_B"][0].dtype
+        key = (bucket.params[0].device, bucket.view.rank, dtypes, step, bucket.maximize)
+        found.setdefault(key, []).append(bucket)
+    return list(found.values())
+
+
 def lorapre_adamw(
-    bucket: Bucket,
+    buckets: Sequence[Bucket],
     hyper: AdamHyperparameters,
-    pointers: Pointers,
+    layouts: Layouts,
     *,
     stochastic_rounding: bool = False,
     seed: int = 0,
 ) -> None:
-    """One step of LoRA-Pre Adam for a bucket of matrices, in place; see `lorapre.backends.triton.adamw.step_bucket`.
+    """One step of LoRA-Pre Adam for some buckets, in place; see `lorapre.backends.triton.adamw.step_buckets`.
 
     The result is that of `lorapre.backends.eager.lorapre_adamw` up to float32's rounding.
 
     Raises:
-        ValueError: `supports` gives a reason against it.
+        ValueError: `supports` gives a reason against one of them. Nothing has changed then.
     """
-    reason = supports(bucket, hyper, stochastic_rounding=stochastic_rounding)
-    if reason is not None:
-        raise ValueError(f"This bucket cannot be stepped by the Triton kernels: {reason}.")
-    from lorapre.backends.triton.adamw import step_bucket
+    for bucket in buckets:
+        reason = supports(bucket, hyper, stochastic_rounding=stochastic_rounding)
+        if reason is not None:
+            raise ValueError(f"This bucket cannot be stepped by the Triton kernels: {reason}.")
+    from lorapre.backends.triton.adamw import step_buckets
 
-    step_bucket(bucket, hyper, pointers, seed=seed if stochastic_rounding else None)
+    for cohort in cohorts(buckets):
+        step_buckets(cohort, hyper, layouts, seed=seed if stochastic_rounding else None)

@@ -1,273 +1,406 @@
-"""The step: what is launched for a bucket, in which order. Imports triton."""
+"""The step: what is launched for matrices of any shapes, in which order. Imports triton."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from lorapre import factors
-from lorapre.backends import batches
+from lorapre import factors, subspace
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
-from lorapre.backends.triton import elements, kernels, table
-from lorapre.backends.triton.bases import orthonormalize
+from lorapre.backends.triton import bases, elements, kernels, table
 from lorapre.backends.triton.coefficients import coefficients
-from lorapre.backends.triton.pointers import Addresses, Place, Pointers, place_of
-from lorapre.subspace import carried, right_half
+from lorapre.backends.triton.layout import Layouts, Work
 
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+#: Passes of Cholesky QR.
+_PASSES = 3
 
 
-def step_bucket(bucket: Bucket, hyper: AdamHyperparameters, pointers: Pointers, *, seed: int | None) -> None:
+def step_buckets(buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts, *, seed: int | None) -> None:
     """Two reads of G, one read and one write of W; besides them multiples of (p + q) r numbers a matrix.
 
-    Launches for a bucket: 6 of ours (coefficients, factors in, G A^T, the left targets, the update, factors out), one
-    sum where the rows' loop is split because the bucket is small, and for each of the two bases 3 of ours, 6 products
-    and 3 that scale (see `lorapre.backends.triton.bases`; above its largest rank torch's decompositions, some 40
-    operations), and 10 between. With counters on the device the coefficients are some 20 operations on n numbers
-    instead of one launch.
+    Launches, whatever the number of shapes: coefficients, pass 1, 7 for the left basis, what it carries over, pass 2,
+    6 for the right basis, the new state: 18. The two passes are launched once for each alignment of the rows. Beyond
+    `lorapre.backends.triton.table.REGISTER_RANK` torch decomposes the r x r matrices. With counters on the device the
+    coefficients are some 20 operations on n numbers instead of one launch. Buckets whose scratch is larger than
+    `lorapre.backends.triton.table.scratch_limit` allows take turns.
 
     Args:
-        bucket: matrices that `lorapre.backends.triton.supports`.
+        buckets: matrices that `lorapre.backends.triton.supports`, of one device and rank, and of one dtype each of
+            weights, gradients and state.
         hyper: the options.
-        pointers: remembers addresses from step to step.
+        layouts: remembers addresses from step to step.
         seed: of stochastic rounding (bfloat16 weights), 0 to 2^63 - 1; None rounds to nearest. What is drawn
             depends on the seed, the step, the element, the shape, and the matrix's position in the bucket.
     """
-    view = bucket.view
-    size = max(1, batches.MAX_SCRATCH_NUMEL // (view.batch * (view.p + view.q) * view.rank))
-    device = bucket.params[0].device
+    device = buckets[0].params[0].device
     with nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index):
-        for start in range(0, len(bucket.params), size):
-            part = slice(start, start + size)
-            piece = replace(
-                bucket,
-                params=bucket.params[part],
-                grads=bucket.grads[part],
-                state={key: tensors[part] for key, tensors in bucket.state.items()},
-                step=bucket.step[part] if isinstance(bucket.step, Tensor) else bucket.step,
-            )
-            _Step(piece, hyper, pointers, start * view.batch, seed).run()
+        for turn in _turns(buckets):
+            _Step(turn, hyper, layouts, seed).run()
+
+
+def _turns(buckets: Sequence[Bucket]) -> Iterator[list[Bucket]]:
+    """The buckets in parts whose scratch stays below the limit, or that are one parameter."""
+    limit = table.scratch_limit(sum(param.numel() * param.element_size() for one in buckets for param in one.params))
+    turn: list[Bucket] = []
+    used = 0
+    for bucket in buckets:
+        each = table.scratch_bytes(bucket.view, bucket.state["m_B"][0].dtype)
+        start = 0
+        while start < len(bucket.params):
+            room = (limit - used) // each
+            if room <= 0 and turn:
+                yield turn
+                turn, used = [], 0
+                continue
+            count = min(max(1, room), len(bucket.params) - start)
+            turn.append(_part(bucket, start, start + count))
+            used, start = used + count * each, start + count
+    if turn:
+        yield turn
+
+
+def _part(bucket: Bucket, start: int, stop: int) -> Bucket:
+    if (start, stop) == (0, len(bucket.params)):
+        return bucket
+    part = slice(start, stop)
+    return replace(
+        bucket,
+        params=bucket.params[part],
+        grads=bucket.grads[part],
+        state={key: tensors[part] for key, tensors in bucket.state.items()},
+        step=bucket.step[part] if isinstance(bucket.step, Tensor) else bucket.step,
+        first=bucket.first + start * bucket.view.batch,
+    )
 
 
 class _Step:
-    """One step of one piece of a bucket; the tensors between its kernels."""
+    """One step of some buckets; the tensors between its kernels."""
 
     def __init__(
-        self, piece: Bucket, hyper: AdamHyperparameters, pointers: Pointers, first: int, seed: int | None
+        self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts, seed: int | None
     ) -> None:
-        view, state = piece.view, piece.state
-        self.p, self.q, self.r = view.p, view.q, view.rank
-        self.n = len(piece.params) * view.batch
-        self.hyper, self.first, self.seed = hyper, first, seed
-        self.device, self.maximize = piece.params[0].device, piece.maximize
-        self.W_dtype, self.G_dtype = piece.params[0].dtype, piece.grads[0].dtype
-        self.S_type = _TYPES[state["m_B"][0].dtype]
-        places = [place_of(piece.params, view), place_of(piece.grads, view)]
-        assert places[0] is not None
-        assert places[1] is not None
-        self.W_place, self.G_place = places[0], places[1]
-        self.addresses = self._addresses(piece, pointers)
-        self.coefficients = coefficients(piece.step, hyper, piece.enabled, view.batch, self.n, self.device)
-
-    def _addresses(self, piece: Bucket, pointers: Pointers) -> Addresses:
-        state, bytes_each = piece.state, piece.state["m_B"][0].element_size()
-        lists: list[Sequence[Tensor]] = [piece.params, piece.grads]
-        lists += [state[key] for key in ("m_B", "m_A", "v_row", "v_col")]
-        sizes = [self.W_place.batch * self.W_dtype.itemsize, self.G_place.batch * self.G_dtype.itemsize]
-        sizes += [numel * bytes_each for numel in (self.p * self.r, self.r * self.q, self.p, self.q)]
-        return pointers.table(lists, sizes, piece.view.batch)
+        first = buckets[0]
+        self.hyper, self.layouts, self.seed = hyper, layouts, seed
+        self.device, self.maximize, self.r = first.params[0].device, first.maximize, first.view.rank
+        self.W_dtype, self.G_dtype = first.params[0].dtype, first.grads[0].dtype
+        self.S_dtype = first.state["m_B"][0].dtype
+        self.matrices = layouts.matrices(buckets)
+        self.n = self.matrices.n
+        self.coefficients = coefficients(buckets, hyper, self.n, self.device)
+        self.blocks = table.blocks(table.PROJECT, self.r, self.G_dtype.itemsize)
+        self.update_blocks = table.blocks(table.UPDATE, self.r, max(self.G_dtype.itemsize, self.W_dtype.itemsize))
+        # m_B's place takes X, and m_A's takes L, where they can: nobody else needs them any more.
+        self.X_in_state = self.S_dtype == torch.float32
+        self.L_in_state = self.X_in_state and self.update_blocks.rank >= self.r
+        p, q = self.matrices.p, self.matrices.q
+        left, right = sum(p) * self.r, sum(q) * self.r
+        self.U = self._empty(left)
+        self.X = self.U if self.X_in_state else self._empty(left)
+        self.L = self.U if self.L_in_state else self._empty(right)
+        self.row_sums = self._empty(sum(p))
+        self.sizes = self._empty(self.n)
+        self.T, self.triangles = self._squares(self.n), self._squares(self.n)
+        self.project_rows = self._work(p, self.blocks.rows)
+        self.project_parts = math.ceil(self.r / self.blocks.rank)
+        self.parts = self._empty(self.project_rows.tiles * self.project_parts * elements.PART.value)
 
     def run(self) -> None:
-        gain = 1.0 - self.hyper.beta1
-        B, A = self._gather()
-        GA, row_sums = self._project(A)
-        K, X, scalars = self._combine(B, GA, row_sums)
-        del GA
-        U = orthonormalize(K)
-        del K
-        UG, col_sums = self._update(X, A, U, scalars)
-        del X
-        L = carried(U, B, A, decay=self.hyper.beta1)
-        L.add_(UG[:, 0] if UG.shape[1] == 1 else UG.sum(dim=1), alpha=gain)
-        del UG
-        self._commit(*right_half(U, L, A, orthonormalize), row_sums, col_sums)
+        self._project()
+        C = self._carried(self._left_basis())
+        self._update(C)
+        self._right_basis()
+        self._finish()
 
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty((self.n, *shape), dtype=torch.float32, device=self.device)
+    def _empty(self, numel: int) -> Tensor:
+        return torch.empty(numel, dtype=torch.float32, device=self.device)
 
-    def _gather(self) -> tuple[Tensor, Tensor]:
-        B, A = self._empty(self.p, self.r), self._empty(self.r, self.q)
-        _, _, B_table, A_table, _, _ = self.addresses.table
-        sizes = self.p * self.r, self.r * self.q
-        counts = [math.ceil(size / table.ELEMENTS) for size in sizes]
-        elements.gather[(self.n * sum(counts),)](
-            B_table,
-            A_table,
-            B,
-            A,
-            *sizes,
-            *counts,
-            S_TYPE=self.S_type,
-            ALIGNED=self._factors_aligned,
-            BLOCK=table.ELEMENTS,
-        )
-        return B, A
+    def _squares(self, count: int) -> Tensor:
+        return torch.empty((count, self.r, self.r), dtype=torch.float32, device=self.device)
 
-    def _project(self, A: Tensor) -> tuple[Tensor, Tensor]:
-        """G A^T (n, parts, p, r) and the row sums of G^2 (n, parts, p)."""
-        block = table.blocks(table.PROJECT, self.r, self.G_dtype.itemsize)
-        tiles, ranks = math.ceil(self.p / block.rows), math.ceil(self.r / block.rank)
-        parts, length = table.splits(self.n * tiles * ranks, self.q, block.cols, self.device)
-        GA, row_sums = self._empty(parts, self.p, self.r), self._empty(parts, self.p)
-        kernels.project[(self.n * tiles * ranks * parts,)](
-            self.addresses.table[1],
-            A,
-            GA,
-            row_sums,
+    def _work(self, sizes: tuple[int, ...], block: int, chosen: tuple[bool, ...] = ()) -> Work:
+        return self.layouts.work(sizes, block, self.device, chosen)
+
+    def _kinds(self, sizes: tuple[int, ...], block: int) -> Iterator[tuple[tuple[int, int], Work]]:
+        """The work of a pass, apart for each alignment of W and G."""
+        kinds = sorted(set(self.matrices.kinds))
+        for kind in kinds:
+            chosen = tuple(one == kind for one in self.matrices.kinds) if len(kinds) > 1 else ()
+            yield kind, self._work(sizes, block, chosen)
+
+    def _project(self) -> None:
+        block, hyper = self.blocks, self.hyper
+        for (_, aligned), work in self._kinds(self.matrices.p, block.rows):
+            kernels.project[(work.programs * self.project_parts,)](
+                self.matrices.table,
+                work.items,
+                work.starts,
+                self.coefficients,
+                self.U,
+                self.X,
+                self.row_sums,
+                self.parts,
+                hyper.beta1,
+                1.0 - hyper.beta1,
+                hyper.beta2,
+                G_TYPE=_TYPES[self.G_dtype],
+                S_TYPE=_TYPES[self.S_dtype],
+                R=self.r,
+                BLOCK_R=block.rank,
+                BLOCK_P=block.rows,
+                BLOCK_Q=block.cols,
+                NEGATE=self.maximize,
+                CLIP=hyper.update_clipping,
+                IN_STATE=self.X_in_state,
+                ALIGNED=aligned,
+                BF16=self._narrow,
+                PRECISION=table.PRECISION["project"],
+                num_warps=block.warps,
+                num_stages=block.stages,
+            )
+
+    def _left_basis(self) -> tuple[Work, Tensor]:
+        """U in the place of K; the products U^T X of its chunks."""
+        side = _Side(self, right=False)
+        products = side.first_products()
+        for number in range(_PASSES):
+            side.decompose(products, number)
+            products = side.multiply(products, gram=number < _PASSES - 1, carry=number == _PASSES - 1)
+        return side.work, products
+
+    def _right_basis(self) -> None:
+        """The rows of L up to the last factor of the new basis, which `_finish` multiplies by."""
+        side = _Side(self, right=True)
+        products = side.first_products()
+        for number in range(_PASSES):
+            side.decompose(products, number)
+            if number < _PASSES - 1:
+                products = side.multiply(products, gram=True)
+
+    def _carried(self, found: tuple[Work, Tensor]) -> Tensor:
+        work, products = found
+        C = self._squares(self.n)
+        count = math.ceil(self.r * self.r / table.ELEMENTS)
+        elements.carry[(self.n * count,)](
+            products,
+            work.starts,
+            self.triangles,
             self.coefficients,
-            self.p,
-            self.q,
-            self.G_place.row,
-            self.G_place.col,
-            tiles,
-            parts,
-            length,
-            G_TYPE=_TYPES[self.G_dtype],
+            C,
+            1.0 - self.hyper.beta1,
             R=self.r,
-            BLOCK_R=block.rank,
-            BLOCK_P=block.rows,
-            BLOCK_Q=block.cols,
-            NEGATE=self.maximize,
-            ALIGNED=self._alignment(self.G_place, self.G_dtype, 1),
-            BF16=self._narrow,
-            PRECISION=table.PRECISION["project"],
-            num_warps=block.warps,
-            num_stages=block.stages,
-        )
-        return GA, row_sums
-
-    def _combine(self, B: Tensor, GA: Tensor, row_sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """K and X (n, p, r), and the scalars (n, 2)."""
-        K, X, scalars = self._empty(self.p, self.r), self._empty(self.p, self.r), self._empty(2)
-        numel = self.p * self.r
-        count = math.ceil(numel / table.ELEMENTS)
-        beta1 = self.hyper.beta1
-        elements.combine[(self.n * (count + 1),)](
-            B,
-            GA,
-            K,
-            X,
-            self.addresses.table[4],
-            row_sums,
-            scalars,
-            self.coefficients,
-            self.p,
-            self.q,
-            numel,
-            count,
-            GA.shape[1],
-            beta1,
-            1.0 - beta1,
-            self.hyper.beta2,
-            self.hyper.eps,
-            S_TYPE=self.S_type,
-            RELATIVE=self.hyper.relative_eps,
             BLOCK=table.ELEMENTS,
         )
-        return K, X, scalars
+        return C
 
-    def _update(self, X: Tensor, A: Tensor, U: Tensor, scalars: Tensor) -> tuple[Tensor, Tensor]:
-        """W in place; U^T G (n, parts, r, q) and the column sums of G^2 (n, parts, q)."""
-        block = table.blocks(table.UPDATE, self.r, max(self.G_dtype.itemsize, self.W_dtype.itemsize))
-        tiles, ranks = math.ceil(self.q / block.cols), math.ceil(self.r / block.rank)
-        parts, length = table.splits(self.n * tiles * ranks, self.p, block.rows, self.device)
-        UG, col_sums = self._empty(parts, self.r, self.q), self._empty(parts, self.q)
-        W_table, G_table, _, _, row_table, col_table = self.addresses.table
-        kernels.update[(self.n * tiles * ranks * parts,)](
-            W_table,
-            G_table,
-            row_table,
-            col_table,
-            X,
-            A,
-            U,
-            UG,
-            col_sums,
-            scalars,
+    def _update(self, C: Tensor) -> None:
+        block, hyper = self.update_blocks, self.hyper
+        ranks = math.ceil(self.r / block.rank)
+        for (W_aligned, G_aligned), work in self._kinds(self.matrices.q, block.cols):
+            kernels.update[(work.programs * ranks,)](
+                self.matrices.table,
+                work.items,
+                self.project_rows.starts,
+                self.coefficients,
+                self.U,
+                self.X,
+                self.L,
+                C,
+                self.parts,
+                self.sizes,
+                1.0 - hyper.beta1,
+                hyper.beta2,
+                hyper.eps,
+                factors.update_bound(hyper.beta2),
+                0 if self.seed is None else self.seed,
+                W_TYPE=_TYPES[self.W_dtype],
+                G_TYPE=_TYPES[self.G_dtype],
+                S_TYPE=_TYPES[self.S_dtype],
+                R=self.r,
+                BLOCK_R=block.rank,
+                BLOCK_P=block.rows,
+                BLOCK_Q=block.cols,
+                PARTS=self.project_parts * elements.PART.value,
+                NEGATE=self.maximize,
+                RELATIVE=hyper.relative_eps,
+                BOUNDED=hyper.bounded,
+                CLIP=hyper.update_clipping,
+                STOCHASTIC=self.seed is not None,
+                ROUNDS=table.PHILOX_ROUNDS,
+                X_IN_STATE=self.X_in_state,
+                L_IN_STATE=self.L_in_state,
+                W_ALIGNED=W_aligned,
+                G_ALIGNED=G_aligned,
+                BF16=self._narrow,
+                MOMENTUM_PRECISION=table.PRECISION["momentum"],
+                LEFT_PRECISION=table.PRECISION["left"],
+                num_warps=block.warps,
+                num_stages=block.stages,
+            )
+
+    def _finish(self) -> None:
+        block = table.finish_blocks(self.r)
+        right, left = (self._work(sizes, block.rows) for sizes in (self.matrices.q, self.matrices.p))
+        bases.finish[(right.programs + left.programs,)](
+            self.matrices.table,
+            right.items,
+            left.items,
+            right.programs,
             self.coefficients,
-            self.p,
-            self.q,
-            self.W_place.row,
-            self.W_place.col,
-            self.G_place.row,
-            self.G_place.col,
-            tiles,
-            parts,
-            length,
+            self.U,
+            self.L,
+            self.T,
+            self.triangles,
+            self.row_sums,
             self.hyper.beta2,
-            factors.update_bound(self.hyper.beta2),
-            self.first,
-            # Buckets number their matrices alike: the shape tells their streams apart.
-            (self.p * 2_654_435_761 + self.q) % 2**31,
-            0 if self.seed is None else self.seed,
-            W_TYPE=_TYPES[self.W_dtype],
-            G_TYPE=_TYPES[self.G_dtype],
-            S_TYPE=self.S_type,
+            S_TYPE=_TYPES[self.S_dtype],
             R=self.r,
-            BLOCK_R=block.rank,
-            BLOCK_P=block.rows,
-            BLOCK_Q=block.cols,
-            NEGATE=self.maximize,
-            RELATIVE=self.hyper.relative_eps,
-            BOUNDED=self.hyper.bounded,
-            STOCHASTIC=self.seed is not None,
-            ROUNDS=table.PHILOX_ROUNDS,
-            W_ALIGNED=self._alignment(self.W_place, self.W_dtype, 0),
-            G_ALIGNED=self._alignment(self.G_place, self.G_dtype, 1),
-            BF16=self._narrow,
-            MOMENTUM_PRECISION=table.PRECISION["momentum"],
-            LEFT_PRECISION=table.PRECISION["left"],
+            BLOCK_R=table.padded(self.r),
+            BLOCK=block.rows,
+            OUT=block.cols,
+            L_IN_STATE=self.L_in_state,
+            PRECISION=table.PRECISION["bases"],
             num_warps=block.warps,
-            num_stages=block.stages,
-        )
-        return UG, col_sums
-
-    def _commit(self, B: Tensor, A: Tensor, row_sums: Tensor, col_sums: Tensor) -> None:
-        sizes = self.p * self.r, self.r * self.q
-        counts = [math.ceil(size / table.ELEMENTS) for size in (*sizes, self.p, self.q)]
-        elements.commit[(self.n * sum(counts),)](
-            *self.addresses.table[2:],
-            B.contiguous(),
-            A.contiguous(),
-            row_sums,
-            col_sums,
-            self.coefficients,
-            self.p,
-            self.q,
-            *sizes,
-            *counts,
-            row_sums.shape[1],
-            col_sums.shape[1],
-            self.hyper.beta2,
-            S_TYPE=self.S_type,
-            ALIGNED=self._factors_aligned,
-            BLOCK=table.ELEMENTS,
         )
 
-    def _alignment(self, place: Place, dtype: torch.dtype, row: int) -> int:
-        return place.alignment(dtype.itemsize, self.addresses.aligned[row])
-
-    @property
-    def _factors_aligned(self) -> bool:
-        return all(self.addresses.aligned[2:4])
-
-    @property
+    @cached_property
     def _narrow(self) -> bool:
         return table.BF16_DOT and self.G_dtype == torch.bfloat16
+
+
+class _Side:
+    """Cholesky QR of the left factors of a step, K, or of the right ones, L."""
+
+    def __init__(self, step: _Step, *, right: bool) -> None:
+        self.step, self.right = step, right
+        self.chunk = table.chunk_rows(step.r)
+        self.work = step._work(step.matrices.q if right else step.matrices.p, self.chunk)
+        self.scratch = step.L if right else step.U
+        self.in_state = right and step.L_in_state
+
+    @property
+    def _common(self) -> dict[str, Any]:
+        return {
+            "R": self.step.r,
+            "CHUNK": self.chunk,
+            "RIGHT_SIDE": self.right,
+            "X_IN_STATE": self.in_state,
+            "PRECISION": table.PRECISION["bases"],
+        }
+
+    def first_products(self) -> Tensor:
+        """X^T X of each chunk, of X divided by its size."""
+        return self._products(self.scratch, scale=True)
+
+    def _products(self, other: Tensor, *, scale: bool = False, with_X: bool = False) -> Tensor:
+        step, products = self.step, self.step._squares(self.work.tiles)
+        block = table.product_blocks(step.r)
+        each = math.ceil(step.r / block.rank)
+        bases.product[(self.work.programs * each * each,)](
+            step.matrices.table,
+            self.work.items,
+            self.work.starts,
+            self.scratch,
+            other,
+            step.parts,
+            step.project_rows.starts,
+            step.sizes,
+            products,
+            BLOCK_R=block.rank,
+            BLOCK=block.rows,
+            PARTS=step.project_parts,
+            Y_IN_STATE=step.X_in_state if with_X else self.in_state,
+            SCALE=scale,
+            num_warps=block.warps,
+            **self._common,
+        )
+        return products
+
+    def decompose(self, products: Tensor, number: int) -> None:
+        """``T`` and ``triangles`` of the step from the products of the chunks, in pass ``number``."""
+        step, last = self.step, number == _PASSES - 1
+        shift = subspace.diagonal_shift(step.r, torch.float32, torch.float32, last=last)
+        if step.r > table.REGISTER_RANK:
+            self._decompose_in_torch(products, number, shift)
+            return
+        block = table.padded(step.r)
+        bases.inverse_cholesky[(step.n,)](
+            products,
+            self.work.starts,
+            step.sizes,
+            step.T,
+            step.triangles,
+            shift,
+            R=step.r,
+            BLOCK=block,
+            FIRST=number == 0,
+            LAST=last,
+            num_warps=8 if block > 64 else 4,
+        )
+
+    def _decompose_in_torch(self, products: Tensor, number: int, shift: float) -> None:
+        step, r = self.step, self.step.r
+        gram = self._sum(products)
+        length = gram.diagonal(dim1=-2, dim2=-1).sqrt()  # (n, r)
+        scale = torch.where(length > 2.0**-63, length.reciprocal(), 0.0)
+        identity = torch.eye(r, device=step.device)
+        lower, info = torch.linalg.cholesky_ex(gram * scale[:, None, :] * scale[:, :, None] + shift * identity)
+        inverse = torch.linalg.solve_triangular(lower, identity.expand_as(gram), upper=False)
+        T = scale[:, :, None] * inverse.mT
+        triangle = lower.mT * torch.where(length > 2.0**-63, length, 0.0)[:, None, :]
+        if number == _PASSES - 1:
+            works = (info == 0)[:, None, None]
+            T, triangle = torch.where(works, T, identity), torch.where(works, triangle, identity)
+        if number == 0:
+            size = torch.where(step.sizes > 0, step.sizes, 1.0)[:, None, None]
+            T, triangle = T / size, triangle * size
+        else:
+            triangle = torch.bmm(triangle, step.triangles)
+        step.T.copy_(T)
+        step.triangles.copy_(triangle)
+
+    def _sum(self, products: Tensor) -> Tensor:
+        """The sum (n, r, r) over the chunks of each matrix."""
+        step = self.step
+        total = step._squares(step.n)
+        count = math.ceil(step.r * step.r / table.ELEMENTS)
+        elements.gathered[(step.n * count,)](products, self.work.starts, total, R=step.r, BLOCK=table.ELEMENTS)
+        return total
+
+    def multiply(self, products: Tensor, *, gram: bool = False, carry: bool = False) -> Tensor:
+        """X <- X T; the products of its chunks with itself, or with the left factor that the update needs.
+
+        ``products`` may be overwritten.
+        """
+        step = self.step
+        fused = step.r <= table.REGISTER_RANK
+        block = table.apply_blocks(step.r)
+        bases.apply[(self.work.programs,)](
+            step.matrices.table,
+            self.work.items,
+            self.work.starts,
+            self.scratch,
+            step.X,
+            step.T,
+            products,
+            BLOCK_R=table.padded(step.r),
+            BLOCK=block.rows,
+            OUT=block.cols,
+            Y_IN_STATE=step.X_in_state,
+            GRAM=gram and fused,
+            CARRY=carry and fused,
+            num_warps=block.warps,
+            **self._common,
+        )
+        if fused:
+            return products
+        return self._products(step.X if carry else self.scratch, with_X=carry)

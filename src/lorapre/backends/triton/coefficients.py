@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lorapre import factors
+from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
 from lorapre.backends.triton import elements
 from lorapre.factors import Coefficient
@@ -43,13 +45,12 @@ class _Weights:
         return self.keep, self.cross, self.outside, self.v_scale, self.rate, self.decay, self.step
 
 
-def coefficients(
-    step: Coefficient, hyper: AdamHyperparameters, enabled: Tensor | None, view_batch: int, n: int, device: torch.device
-) -> Tensor:
+def coefficients(buckets: Sequence[Bucket], hyper: AdamHyperparameters, n: int, device: torch.device) -> Tensor:
     """The (n, 8) table of `lorapre.backends.triton.elements`; neither direction waits between host and device."""
     out = torch.empty((n, elements.COLUMNS), dtype=torch.float32, device=device)
+    step, enabled = buckets[0].step, buckets[0].enabled
     if isinstance(step, Tensor):
-        step = step.double() if view_batch == 1 else step.double().repeat_interleave(view_batch)
+        step = torch.cat([_each(bucket) for bucket in buckets])
     columns = _Weights.at(step, hyper).columns()
     numbers = [column for column in columns if not isinstance(column, Tensor)]
     if len(numbers) == len(columns):
@@ -64,3 +65,10 @@ def coefficients(
         else:
             out.select(1, place).fill_(value)
     return out
+
+
+def _each(bucket: Bucket) -> Tensor:
+    """The step of each matrix of a bucket whose counters are on the device."""
+    assert isinstance(bucket.step, Tensor)
+    step = bucket.step.double()
+    return step if bucket.view.batch == 1 else step.repeat_interleave(bucket.view.batch)

@@ -1,7 +1,7 @@
-"""The element-wise kernels around the two passes: coefficients, factors in and out, the averages of G^2.
+"""What the kernels share: where a matrix is, rounding; and the element-wise kernels.
 
-``coefficients`` is an (n, 8) float32 table with one row a matrix, columns as in `ON` to `STEP`; ``scalars`` is
-(n, 2): the mean of the row means of step t - 1, and eps. Tables hold one address a matrix.
+``coefficients`` is an (n, 8) float32 table with one row a matrix, columns as in `ON` to `STEP`; ``matrices`` is the
+table of `lorapre.backends.triton.layout`.
 """
 
 # Triton's decorators and types are untyped where they are not missing (other platforms than Linux).
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from lorapre.backends.triton import layout
 
 #: Columns of the coefficients: whether the step is enabled (0 or 1), the weights of B A, of P(G) beyond that of
 #: G - P(G), and of G - P(G) itself, 1 / (bias correction of v), lr * scale, 1 - lr * weight decay, step number.
@@ -25,19 +27,71 @@ STEP = tl.constexpr(7)
 COLUMNS = 8
 WIDTH = tl.constexpr(COLUMNS)
 
+W = tl.constexpr(layout.W)
+G = tl.constexpr(layout.G)
+B = tl.constexpr(layout.B)
+A = tl.constexpr(layout.A)
+V_ROW = tl.constexpr(layout.V_ROW)
+V_COL = tl.constexpr(layout.V_COL)
+P = tl.constexpr(layout.P)
+Q = tl.constexpr(layout.Q)
+W_ROW = tl.constexpr(layout.W_ROW)
+W_COL = tl.constexpr(layout.W_COL)
+G_ROW = tl.constexpr(layout.G_ROW)
+G_COL = tl.constexpr(layout.G_COL)
+LEFT = tl.constexpr(layout.LEFT)
+RIGHT = tl.constexpr(layout.RIGHT)
+ROWS = tl.constexpr(layout.ROWS)
+NUMBER = tl.constexpr(layout.NUMBER)
+STREAM = tl.constexpr(layout.STREAM)
+_FIELDS = tl.constexpr(layout.COLUMNS)
+
+#: What a program of the first pass leaves of its rows: sum of G^2, sum of G^2 / v_hat, largest |K|.
+PART = tl.constexpr(3)
+
 
 @triton.jit
-def base_of(table, index, dtype: tl.constexpr):
-    return tl.load(table + index).to(tl.pointer_type(dtype))
+def field(matrices, matrix, column):
+    return tl.load(matrices + matrix * _FIELDS + column)
 
 
 @triton.jit
-def run_of(table, index, at, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """Addresses of the numbers ``at`` of one matrix's state; ALIGNED where each starts at a multiple of 16 bytes."""
-    addresses = base_of(table, index, dtype) + at
-    if ALIGNED:  # unknown of an address from memory, without it every access is a scalar
-        addresses = tl.multiple_of(addresses, 16)
-    return addresses
+def size_of(matrices, matrix, column):
+    return field(matrices, matrix, column).to(tl.int32)
+
+
+@triton.jit
+def base_of(matrices, matrix, column, dtype: tl.constexpr):
+    return field(matrices, matrix, column).to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def place_in(scratch, matrices, matrix, scratch_column, state_column, IN_STATE: tl.constexpr):
+    """Where a float32 factor of a matrix is: in its state, or in scratch."""
+    if IN_STATE:
+        base = base_of(matrices, matrix, state_column, tl.float32)
+    else:
+        base = scratch + field(matrices, matrix, scratch_column)
+    return base
+
+
+@triton.jit
+def mean_of(base, length, BLOCK: tl.constexpr):
+    """The mean of ``length`` numbers, float32; 1 where it is 0, by which nothing is then divided."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(base + at, mask=at < length, other=0.0).to(tl.float32)
+    return tl.sum(total, axis=0) / length
+
+
+@triton.jit
+def sum_of_parts(parts, first, last, column, STRIDE: tl.constexpr):
+    total = tl.zeros((128,), tl.float32)
+    for start in range(first, last, 128):
+        at = start + tl.arange(0, 128)
+        total += tl.load(parts + at.to(tl.int64) * STRIDE + column, mask=at < last, other=0.0)
+    return tl.sum(total, axis=0)
 
 
 @triton.jit
@@ -80,149 +134,35 @@ def fill(coefficients, enabled, keep, cross, outside, v_scale, rate, decay, step
 
 
 @triton.jit
-def gather(
-    B_table,
-    A_table,
-    B,
-    A,
-    B_numel,
-    A_numel,
-    B_blocks,
-    A_blocks,
-    S_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The factors of all matrices as float32 batches B (n, p, R) and A (n, R, q)."""
-    pid = tl.program_id(0)
-    matrix = (pid // (B_blocks + A_blocks)).to(tl.int64)
-    block = pid % (B_blocks + A_blocks)
-    if block < B_blocks:
-        at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        values = tl.load(run_of(B_table, matrix, at, S_TYPE, ALIGNED), mask=at < B_numel, other=0.0)
-        tl.store(B + matrix * B_numel + at, values.to(tl.float32), mask=at < B_numel)
-    else:
-        at = (block - B_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        values = tl.load(run_of(A_table, matrix, at, S_TYPE, ALIGNED), mask=at < A_numel, other=0.0)
-        tl.store(A + matrix * A_numel + at, values.to(tl.float32), mask=at < A_numel)
+def carry(products, starts, triangles, coefficients, C, gain, R: tl.constexpr, BLOCK: tl.constexpr):
+    """C (n, R, R) = U^T (decay B), from U^T X and U^T K.
 
-
-@triton.jit
-def combine(
-    B,
-    GA,
-    K,
-    X,
-    row_table,
-    row_sums,
-    scalars,
-    coefficients,
-    p,
-    q,
-    numel,
-    blocks,
-    parts,
-    decay,
-    gain,
-    beta2,
-    eps,
-    S_TYPE: tl.constexpr,
-    RELATIVE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """K = decay B + gain GA, from which U comes, and X = keep B + cross GA, (n, p, R) each; then ``scalars``."""
+    X = keep B + cross G A^T takes B's place in the state, and K = decay B + gain G A^T is U times a triangle; of the
+    two, gain X - cross K = decay outside B.
+    """
+    BLOCKS: tl.constexpr = (R * R + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
-    matrix = (pid // (blocks + 1)).to(tl.int64)
-    block = pid % (blocks + 1)
+    matrix = (pid // BLOCKS).to(tl.int64)
+    at = (pid % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < R * R
+    product = tl.zeros((BLOCK,), tl.float32)
+    for part in range(tl.load(starts + matrix), tl.load(starts + matrix + 1)):
+        product += tl.load(products + part.to(tl.int64) * R * R + at, mask=inside, other=0.0)
+    triangle = tl.load(triangles + matrix * R * R + at, mask=inside, other=0.0)
     row = coefficients + matrix * WIDTH
-    if block < blocks:
-        at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < numel
-        b = tl.load(B + matrix * numel + at, mask=inside, other=0.0)
-        ga = tl.zeros((BLOCK,), tl.float32)
-        for part in range(parts):
-            ga += tl.load(GA + (matrix * parts + part) * numel + at, mask=inside, other=0.0)
-        tl.store(K + matrix * numel + at, decay * b + gain * ga, mask=inside)
-        x = tl.load(row + KEEP) * b + tl.load(row + CROSS) * ga
-        tl.store(X + matrix * numel + at, x, mask=inside)
-    else:
-        base = base_of(row_table, matrix, S_TYPE)
-        old = tl.zeros((BLOCK,), tl.float32)
-        new = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, p, BLOCK):
-            rows = start + tl.arange(0, BLOCK)
-            old += tl.load(base + rows, mask=rows < p, other=0.0).to(tl.float32)
-        for start in range(0, p * parts, BLOCK):
-            rows = start + tl.arange(0, BLOCK)
-            new += tl.load(row_sums + matrix * parts * p + rows, mask=rows < p * parts, other=0.0)
-        mean = tl.sum(old, axis=0) / p
-        size = eps
-        if RELATIVE:
-            # The mean of v_hat: its rank-1 part has the mean of the old row means, whatever the columns are.
-            v = beta2 * mean + (1.0 - beta2) * (tl.sum(new, axis=0) / p / q)
-            size = eps * tl.sqrt(v * tl.load(row + V_SCALE))
-        tl.store(scalars + matrix * 2, mean)
-        tl.store(scalars + matrix * 2 + 1, size)
+    value = (gain * product - tl.load(row + CROSS) * triangle) / tl.load(row + OUTSIDE)
+    tl.store(C + matrix * R * R + at, value, mask=inside)
 
 
 @triton.jit
-def commit(
-    B_table,
-    A_table,
-    row_table,
-    col_table,
-    B,
-    A,
-    row_sums,
-    col_sums,
-    coefficients,
-    p,
-    q,
-    B_numel,
-    A_numel,
-    B_blocks,
-    A_blocks,
-    row_blocks,
-    col_blocks,
-    row_parts,
-    col_parts,
-    beta2,
-    S_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The new state of all matrices into their own tensors, where the step is enabled."""
-    each = B_blocks + A_blocks + row_blocks + col_blocks
+def gathered(products, starts, total, R: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum (n, R, R) of the products of each matrix's chunks, in their order."""
+    BLOCKS: tl.constexpr = (R * R + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
-    matrix = (pid // each).to(tl.int64)
-    block = pid % each
-    on = (tl.load(coefficients + matrix * WIDTH + ON) != 0).to(tl.int32)
-    if block < B_blocks:
-        _copy(B_table, B, matrix, B_numel, block, on, S_TYPE, ALIGNED, BLOCK)
-    elif block < B_blocks + A_blocks:
-        _copy(A_table, A, matrix, A_numel, block - B_blocks, on, S_TYPE, ALIGNED, BLOCK)
-    elif block < B_blocks + A_blocks + row_blocks:
-        _average(row_table, row_sums, matrix, p, q, row_parts, block - B_blocks - A_blocks, on, beta2, S_TYPE, BLOCK)
-    else:
-        block -= B_blocks + A_blocks + row_blocks
-        _average(col_table, col_sums, matrix, q, p, col_parts, block, on, beta2, S_TYPE, BLOCK)
-
-
-@triton.jit
-def _copy(table, batch, matrix, numel, block, on, dtype: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(batch + matrix * numel + at, mask=at < numel, other=0.0)
-    tl.store(run_of(table, matrix, at, dtype, ALIGNED), nearest(values, dtype), mask=at < numel * on)
-
-
-@triton.jit
-def _average(table, sums, matrix, length, across, parts, block, on, beta2, dtype: tl.constexpr, BLOCK: tl.constexpr):
-    """mean <- beta2 mean + (1 - beta2) sum / across, as `torch.lerp` has it."""
-    at = block * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(parts):
-        total += tl.load(sums + (matrix * parts + part) * length + at, mask=at < length, other=0.0)
-    base = base_of(table, matrix, dtype)
-    old = tl.load(base + at, mask=at < length, other=0.0).to(tl.float32)
-    new = old + (1.0 - beta2) * (total / across - old)
-    tl.store(base + at, nearest(new, dtype), mask=at < length * on)
+    matrix = (pid // BLOCKS).to(tl.int64)
+    at = (pid % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < R * R
+    value = tl.zeros((BLOCK,), tl.float32)
+    for part in range(tl.load(starts + matrix), tl.load(starts + matrix + 1)):
+        value += tl.load(products + part.to(tl.int64) * R * R + at, mask=inside, other=0.0)
+    tl.store(total + matrix * R * R + at, value, mask=inside)

@@ -1,8 +1,7 @@
-"""The two passes over the gradients. One matrix of a batch is (p, q) of rank R.
+"""The two passes over the gradients, of matrices of any shapes. One matrix is (p, q) of rank R.
 
-G and W are found through tables of addresses. Grids are flat (an axis of its own for the batch would be limited to
-65,535), fastest index first: rank block, part of the loop, tile, matrix. Offsets within a matrix are int64. No sum is
-atomic: a rerun gives the same bits. `lorapre.backends.triton.elements` says what coefficients and scalars are.
+G and W are found through `lorapre.backends.triton.layout`'s table. Grids are flat: the rank block is the fastest index,
+behind it the list of work. Offsets within a matrix are int64. No sum is atomic: a rerun gives the same bits.
 """
 
 # Triton's decorators and types are untyped where they are not missing (other platforms than Linux).
@@ -13,10 +12,48 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lorapre.backends.triton.elements import DECAY, ON, OUTSIDE, RATE, STEP, V_SCALE, WIDTH, base_of, cut, nearest
+from lorapre.backends.triton.elements import (
+    CROSS,
+    DECAY,
+    G_COL,
+    G_ROW,
+    KEEP,
+    LEFT,
+    NUMBER,
+    ON,
+    OUTSIDE,
+    PART,
+    RATE,
+    RIGHT,
+    ROWS,
+    STEP,
+    STREAM,
+    V_COL,
+    V_ROW,
+    V_SCALE,
+    W_COL,
+    W_ROW,
+    WIDTH,
+    A,
+    B,
+    G,
+    P,
+    Q,
+    W,
+    base_of,
+    cut,
+    field,
+    mean_of,
+    nearest,
+    place_in,
+    size_of,
+    sum_of_parts,
+)
 
 #: Smallest normal float32, what `torch.finfo` calls tiny.
 TINY = tl.constexpr(2.0**-126)
+#: Of the old basis in the new one, in units of the size of what it closes: float32's rounding.
+CLOSING = tl.constexpr(8 * 2.0**-23)
 
 
 @triton.jit
@@ -33,45 +70,66 @@ def tile_of(base, rows, cols, row_stride, col_stride, ALIGNED: tl.constexpr):
 
 @triton.jit
 def project(
-    G_table,
-    A,
-    GA,
-    row_sums,
+    matrices,
+    items,
+    starts,
     coefficients,
-    p,
-    q,
-    row_stride,
-    col_stride,
-    tiles,
+    U,
+    X,
+    row_sums,
     parts,
-    part_length,
+    decay,
+    gain,
+    beta2,
     G_TYPE: tl.constexpr,
+    S_TYPE: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     NEGATE: tl.constexpr,
+    CLIP: tl.constexpr,
+    IN_STATE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Pass 1 over G: GA (n, parts, p, R) += G A^T, and ``row_sums`` (n, parts, p) of G^2; a program has a row block."""
+    """Pass 1 over G, a program a block of rows: K = decay B + gain G A^T to ``U``, X = keep B + cross G A^T.
+
+    Besides ``row_sums`` of G^2, and in ``parts`` the sums of G^2 and of G^2 / v_hat and the largest |K| of the block. X takes
+    the place of m_B where IN_STATE.
+    """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     pid = tl.program_id(0)
-    part = (pid // R_BLOCKS) % parts
-    tile = (pid // R_BLOCKS // parts) % tiles
-    matrix = (pid // R_BLOCKS // parts // tiles).to(tl.int64)
+    item = pid // R_BLOCKS
+    r_block = pid % R_BLOCKS
+    matrix = tl.load(items + item * 2).to(tl.int64)
+    tile = tl.load(items + item * 2 + 1)
+    p = size_of(matrices, matrix, P)
+    q = size_of(matrices, matrix, Q)
+    row_stride = field(matrices, matrix, G_ROW)
+    col_stride = field(matrices, matrix, G_COL)
     rows = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    ranks = (pid % R_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
+    ranks = r_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    row = coefficients + matrix * WIDTH
     # Where the step is not enabled the gradients may be nan, and none is read.
-    live = p * (tl.load(coefficients + matrix * WIDTH + ON) != 0).to(tl.int32)
-    base = base_of(G_table, matrix, G_TYPE)
-    A_base = A + matrix * R * q
+    on = (tl.load(row + ON) != 0).to(tl.int32)
+    live = p * on
+    base = base_of(matrices, matrix, G, G_TYPE)
+    A_base = base_of(matrices, matrix, A, S_TYPE)
+    B_base = base_of(matrices, matrix, B, S_TYPE)
+    if CLIP:
+        row_base = base_of(matrices, matrix, V_ROW, S_TYPE)
+        col_base = base_of(matrices, matrix, V_COL, S_TYPE)
+        mean = mean_of(row_base, p, 512)
+        mean = tl.where(mean > 0, mean, 1.0)
+        v_row = tl.load(row_base + rows, mask=rows < p, other=0.0).to(tl.float32) / mean * beta2
+        v_scale = tl.load(row + V_SCALE)
 
     total = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
     squares = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
-    first = part * part_length
-    for start in range(first, tl.minimum(first + part_length, q), BLOCK_Q):
+    surprise = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+    for start in range(0, q, BLOCK_Q):
         cols = start + tl.arange(0, BLOCK_Q)
         addresses = tile_of(base, rows, cols, row_stride, col_stride, ALIGNED)
         g = tl.load(addresses, mask=(rows < live)[:, None] & (cols < q)[None, :], other=0.0)
@@ -79,7 +137,7 @@ def project(
             A_base + ranks.to(tl.int64)[:, None] * q + cols[None, :],
             mask=(ranks < R)[:, None] & (cols < q)[None, :],
             other=0.0,
-        )
+        ).to(tl.float32)
         if NEGATE:
             g = -g
         wide = g.to(tl.float32)
@@ -87,43 +145,47 @@ def project(
             total = tl.dot(g, tl.trans(a.to(tl.bfloat16)), total)
         else:
             total = tl.dot(wide, tl.trans(a), total, input_precision=PRECISION)
-        squares += wide * wide
-    out = matrix * parts + part
-    tl.store(
-        GA + out * p * R + rows.to(tl.int64)[:, None] * R + ranks[None, :],
-        total,
-        mask=(rows < p)[:, None] & (ranks < R)[None, :],
-    )
-    first_of_ranks = (pid % R_BLOCKS == 0).to(tl.int32)
-    tl.store(row_sums + out * p + rows, tl.sum(squares, axis=1), mask=rows < p * first_of_ranks)
+        square = wide * wide
+        squares += square
+        if CLIP:
+            v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
+            v_hat = (v_row[:, None] * v_col[None, :] + (1.0 - beta2) * square) * v_scale
+            surprise += tl.where(v_hat > 0, square / tl.where(v_hat > 0, v_hat, 1.0), 0.0)
+    at = rows.to(tl.int64)[:, None] * R + ranks[None, :]
+    inside = (rows < p)[:, None] & (ranks < R)[None, :]
+    b = tl.load(B_base + at, mask=inside, other=0.0).to(tl.float32)
+    k = decay * b + gain * total
+    left = field(matrices, matrix, LEFT)
+    tl.store(U + left + at, k, mask=inside)
+    x = tl.load(row + KEEP) * b + tl.load(row + CROSS) * total
+    if IN_STATE:
+        tl.store(base_of(matrices, matrix, B, tl.float32) + at, x, mask=(rows < live)[:, None] & (ranks < R)[None, :])
+    else:
+        tl.store(X + left + at, x, mask=inside)
+    first_of_ranks = (r_block == 0).to(tl.int32)
+    tl.store(row_sums + field(matrices, matrix, ROWS) + rows, tl.sum(squares, axis=1), mask=rows < p * first_of_ranks)
+    part = parts + ((tl.load(starts + matrix) + tile).to(tl.int64) * R_BLOCKS + r_block) * PART
+    tl.store(part, tl.sum(squares))
+    tl.store(part + 1, tl.sum(surprise))
+    tl.store(part + 2, tl.max(tl.abs(k)))
 
 
 @triton.jit
 def update(
-    W_table,
-    G_table,
-    row_table,
-    col_table,
-    X,
-    A,
-    U,
-    UG,
-    col_sums,
-    scalars,
+    matrices,
+    items,
+    starts,
     coefficients,
-    p,
-    q,
-    W_row_stride,
-    W_col_stride,
-    G_row_stride,
-    G_col_stride,
-    tiles,
+    U,
+    X,
+    L,
+    C,
     parts,
-    part_length,
+    sizes,
+    gain,
     beta2,
+    eps,
     limit,
-    first_matrix,
-    stream,
     seed,
     W_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
@@ -132,55 +194,78 @@ def update(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    PARTS: tl.constexpr,
     NEGATE: tl.constexpr,
     RELATIVE: tl.constexpr,
     BOUNDED: tl.constexpr,
+    CLIP: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ROUNDS: tl.constexpr,
+    X_IN_STATE: tl.constexpr,
+    L_IN_STATE: tl.constexpr,
     W_ALIGNED: tl.constexpr,
     G_ALIGNED: tl.constexpr,
     BF16: tl.constexpr,
     MOMENTUM_PRECISION: tl.constexpr,
     LEFT_PRECISION: tl.constexpr,
 ):
-    """Pass 2 over G: W in place, UG (n, parts, R, q) += U^T G, ``col_sums`` (n, parts, q) of G^2.
+    """Pass 2 over G, a program a block of columns: W in place, L = C A + gain U^T G, and v_col one step on.
 
-    A program has a column block. Of the programs of one block, one for each rank block, the first updates W.
+    Of the programs of one block, one for each rank block, the first updates W. ``sizes`` (n) becomes the size of a row
+    of L, at most, by which L is closed with a share of the old basis.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     pid = tl.program_id(0)
+    item = pid // R_BLOCKS
     r_block = pid % R_BLOCKS
-    part = (pid // R_BLOCKS) % parts
-    tile = (pid // R_BLOCKS // parts) % tiles
-    matrix = (pid // R_BLOCKS // parts // tiles).to(tl.int64)
+    matrix = tl.load(items + item * 2).to(tl.int64)
+    tile = tl.load(items + item * 2 + 1)
+    p = size_of(matrices, matrix, P)
+    q = size_of(matrices, matrix, Q)
+    W_row_stride = field(matrices, matrix, W_ROW)
+    W_col_stride = field(matrices, matrix, W_COL)
+    G_row_stride = field(matrices, matrix, G_ROW)
+    G_col_stride = field(matrices, matrix, G_COL)
     cols = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     ranks = r_block * BLOCK_R + tl.arange(0, BLOCK_R)
     row = coefficients + matrix * WIDTH
-    live = p * (tl.load(row + ON) != 0).to(tl.int32)
+    on = (tl.load(row + ON) != 0).to(tl.int32)
+    live = p * on
     outside = tl.load(row + OUTSIDE)
     v_scale = tl.load(row + V_SCALE)
     rate = tl.load(row + RATE)
     decay = tl.load(row + DECAY)
-    mean = tl.load(scalars + matrix * 2)
+    W_base = base_of(matrices, matrix, W, W_TYPE)
+    G_base = base_of(matrices, matrix, G, G_TYPE)
+    v_row = base_of(matrices, matrix, V_ROW, S_TYPE)
+    col_base = base_of(matrices, matrix, V_COL, S_TYPE)
+    v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
+    mean = mean_of(v_row, p, 512)
+    first_part = tl.load(starts + matrix)
+    last_part = tl.load(starts + matrix + 1)
+    squared = sum_of_parts(parts, first_part, last_part, 0, PARTS)
+    numel = p.to(tl.float32) * q.to(tl.float32)
+    if RELATIVE:
+        # The mean of v_hat: its rank-1 part has the mean of the old row means, whatever the columns are.
+        eps = eps * tl.sqrt((beta2 * mean + (1.0 - beta2) * (squared / numel)) * v_scale)
+    if CLIP:
+        surprise = tl.sqrt(sum_of_parts(parts, first_part, last_part, 1, PARTS) / numel)
+        rate = rate / tl.maximum(surprise, 1.0)
     mean = tl.where(mean > 0, mean, 1.0)
-    eps = tl.load(scalars + matrix * 2 + 1)
-    W_base = base_of(W_table, matrix, W_TYPE)
-    G_base = base_of(G_table, matrix, G_TYPE)
-    v_row = base_of(row_table, matrix, S_TYPE)
-    v_col = tl.load(base_of(col_table, matrix, S_TYPE) + cols, mask=cols < q, other=0.0).to(tl.float32)
-    A_base = A + matrix * R * q + cols[None, :]
-    X_base = X + matrix * p * R
-    U_base = U + matrix * p * R
+    A_base = base_of(matrices, matrix, A, S_TYPE)
+    X_base = place_in(X, matrices, matrix, LEFT, B, X_IN_STATE)
+    U_base = U + field(matrices, matrix, LEFT)
 
     if R_BLOCKS == 1:  # the loop below stores, so that the compiler would read it again in every turn
         whole = tl.load(
-            A_base + ranks.to(tl.int64)[:, None] * q, mask=(ranks < R)[:, None] & (cols < q)[None, :], other=0.0
-        )
+            A_base + ranks.to(tl.int64)[:, None] * q + cols[None, :],
+            mask=(ranks < R)[:, None] & (cols < q)[None, :],
+            other=0.0,
+        ).to(tl.float32)
 
     left = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
     squares = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
-    first = part * part_length
-    for start in range(first, tl.minimum(first + part_length, p), BLOCK_P):
+    for start in range(0, p, BLOCK_P):
         rows = start + tl.arange(0, BLOCK_P)
         lines = rows.to(tl.int64)[:, None] * R
         inside = (rows < live)[:, None] & (cols < q)[None, :]
@@ -202,8 +287,10 @@ def update(
                 x = tl.load(X_base + lines + r[None, :], mask=(rows < p)[:, None] & (r < R)[None, :], other=0.0)
                 if R_BLOCKS > 1:
                     a = tl.load(
-                        A_base + r.to(tl.int64)[:, None] * q, mask=(r < R)[:, None] & (cols < q)[None, :], other=0.0
-                    )
+                        A_base + r.to(tl.int64)[:, None] * q + cols[None, :],
+                        mask=(r < R)[:, None] & (cols < q)[None, :],
+                        other=0.0,
+                    ).to(tl.float32)
                 else:
                     a = whole
                 if BF16:
@@ -226,16 +313,47 @@ def update(
                 element = (rows.to(tl.int64)[:, None] * q + cols[None, :]).to(tl.uint32)
                 zero = element * 0
                 counter = zero + tl.load(row + STEP).to(tl.uint32)
-                bits, _, _, _ = tl.philox(
-                    seed, element, zero + (first_matrix + matrix).to(tl.uint32), counter, zero + stream, ROUNDS
-                )
+                number = zero + field(matrices, matrix, NUMBER).to(tl.uint32)
+                stream = zero + field(matrices, matrix, STREAM).to(tl.uint32)
+                bits, _, _, _ = tl.philox(seed, element, number, counter, stream, ROUNDS)
                 tl.store(W_addresses, cut(w, (bits >> 16).to(tl.int32)), mask=inside)
             else:
                 tl.store(W_addresses, nearest(w, W_TYPE), mask=inside)
-    out = matrix * parts + part
-    tl.store(
-        UG + out * R * q + ranks.to(tl.int64)[:, None] * q + cols[None, :],
-        left,
-        mask=(ranks < R)[:, None] & (cols < q)[None, :],
-    )
-    tl.store(col_sums + out * q + cols, tl.sum(squares, axis=0), mask=cols < q * (r_block == 0).to(tl.int32))
+
+    # L in this block's columns, of which m_A is not needed any more.
+    C_base = C + matrix * R * R
+    size = tl.zeros((BLOCK_R,), tl.float32)
+    carried = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
+    old = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
+    for k in range(0, R, BLOCK_R):
+        r = k + tl.arange(0, BLOCK_R)
+        c = tl.load(
+            C_base + ranks[:, None] * R + r[None, :], mask=(ranks < R)[:, None] & (r < R)[None, :], other=0.0
+        )
+        if R_BLOCKS > 1:
+            a = tl.load(
+                A_base + r.to(tl.int64)[:, None] * q + cols[None, :],
+                mask=(r < R)[:, None] & (cols < q)[None, :],
+                other=0.0,
+            ).to(tl.float32)
+        else:
+            a = whole
+        carried = tl.dot(c, a, carried, input_precision=LEFT_PRECISION)
+        if k == r_block * BLOCK_R:
+            old = a
+        for other in range(0, R, BLOCK_R):  # all of C, whichever the ranks of this program are
+            s = other + tl.arange(0, BLOCK_R)
+            d = tl.load(C_base + s[:, None] * R + r[None, :], mask=(s < R)[:, None] & (r < R)[None, :], other=0.0)
+            size += tl.sum(d * d, axis=1)
+    size_of_row = tl.sqrt((tl.sum(size, axis=0) + gain * gain * squared) / R)
+    share = tl.where(size_of_row > 0, CLOSING * size_of_row, 1.0)
+    new = carried + gain * left + share * old
+    column = ranks.to(tl.int64)[:, None] * q + cols[None, :]
+    L_base = place_in(L, matrices, matrix, RIGHT, A, L_IN_STATE)
+    ranked = (ranks < R * (on if L_IN_STATE else 1))[:, None]
+    tl.store(L_base + column, new, mask=ranked & (cols < q)[None, :])
+    first_of_ranks = (r_block == 0).to(tl.int32)
+    average = v_col + (1.0 - beta2) * (tl.sum(squares, axis=0) / p - v_col)
+    tl.store(col_base + cols, nearest(average, S_TYPE), mask=cols < q * first_of_ranks * on)
+    if tile == 0:
+        tl.store(sizes + matrix, size_of_row)

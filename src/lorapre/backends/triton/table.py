@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
+
+from lorapre.routing import MatrixView
 
 #: Largest rank that the kernels take.
 MAX_RANK = 512
@@ -19,8 +20,8 @@ MAX_RANK = 512
 REGISTER_RANK = 128
 
 #: Precision of float32 products (`tl.dot`) by use: "ieee", "tf32x3" or "tf32".
-#: ``project`` is G A^T, ``momentum`` is X A, ``left`` is U^T G.
-PRECISION: dict[str, str] = {"project": "ieee", "momentum": "ieee", "left": "ieee"}
+#: ``project`` is G A^T, ``momentum`` is X A, ``left`` is U^T G, ``bases`` is what orthonormalizes factors.
+PRECISION: dict[str, str] = {"project": "ieee", "momentum": "ieee", "left": "ieee", "bases": "ieee"}
 
 #: Whether bfloat16 gradients are multiplied as they are, by factors rounded to bfloat16, instead of as float32.
 BF16_DOT = False
@@ -28,11 +29,15 @@ BF16_DOT = False
 #: Rounds of Philox behind stochastic rounding; 7 are the fewest that pass BigCrush (Salmon and others, SC 2011).
 PHILOX_ROUNDS = 7
 
-#: Programs that a multiprocessor should have to itself at least; fewer, and a long loop is split.
-PROGRAMS_PER_PROCESSOR = 2
-
 #: Numbers that one program of an element-wise kernel takes.
 ELEMENTS = 2048
+
+#: Rows of a factor in a chunk, at low ranks.
+CHUNK = 512
+
+#: Scratch of a step as a share of the weights' bytes, and what it may be in any case.
+SCRATCH_SHARE = 0.02
+LEAST_SCRATCH = 2**26
 
 
 @dataclass(frozen=True)
@@ -71,26 +76,52 @@ def blocks(table: tuple[tuple[int, int, Blocks], ...], rank: int, itemsize: int)
     """The row of ``PROJECT`` or ``UPDATE`` for a rank and an item size."""
     for largest, size, found in table:
         if rank <= largest and itemsize <= size:
-            whole = max(16, 1 << (rank - 1).bit_length())
+            whole = padded(rank)
             return Blocks(found.rows, found.cols, min(found.rank or whole, whole), found.warps, found.stages)
     raise ValueError(f"no block sizes for rank {rank} and numbers of {itemsize} bytes")
 
 
-@cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of ``device``; 1 for the CPU, where the interpreter runs one program after the other."""
-    if device.type == "cpu":
-        return 1
-    properties = torch.get_device_module(device).get_device_properties(device)
-    return int(getattr(properties, "multi_processor_count", 64))
+def padded(rank: int) -> int:
+    """The power of two, 16 at least, that a rank is padded to in a program's registers."""
+    return max(16, 1 << (rank - 1).bit_length())
 
 
-def splits(programs: int, length: int, block: int, device: torch.device) -> tuple[int, int]:
-    """Into how many parts a loop over ``length`` is cut, and the length of a part, a multiple of ``block``.
+def chunk_rows(rank: int) -> int:
+    """Rows of a factor of which a program of the bases forms one product: their (r, r) results stay a small share."""
+    return CHUNK if rank <= 64 else 2 * CHUNK
 
-    Depends on the sizes and the device alone, so that a rerun adds up in the same order.
-    """
-    steps = math.ceil(length / block)
-    wanted = math.ceil(PROGRAMS_PER_PROCESSOR * processors(device) / max(1, programs))
-    each = math.ceil(steps / min(wanted, steps))
-    return math.ceil(steps / each), each * block
+
+def product_blocks(rank: int) -> Blocks:
+    """Rows at once, and the block of ranks, of a product of two factors."""
+    block = min(padded(rank), 128)
+    return Blocks(64 if block < 128 else 32, 0, block, 8 if block > 64 else 4, 1)
+
+
+def apply_blocks(rank: int) -> Blocks:
+    """Rows at once, and ``cols`` ranks of the result at once, of a factor times an (r, r) matrix."""
+    whole = padded(rank)
+    return Blocks(64 if whole < 128 else 32, whole if rank <= REGISTER_RANK else 32, whole, 8 if whole > 64 else 4, 1)
+
+
+def finish_blocks(rank: int) -> Blocks:
+    """The same of the last one, whose programs take one tile each."""
+    whole = padded(rank)
+    return Blocks(64 if whole < 128 else 32, min(whole, 64), whole, 8 if whole > 64 else 4, 1)
+
+
+def scratch_bytes(view: MatrixView, state_dtype: torch.dtype) -> int:
+    """Scratch of one parameter's matrices: K, twice more factors where the state is narrow or split, and r x r."""
+    p, q, r = view.p, view.q, view.rank
+    factors = p * r
+    if state_dtype != torch.float32:
+        factors += (p + q) * r
+    elif r > max(blocks.rank for _, _, blocks in UPDATE):
+        factors += q * r
+    chunk = chunk_rows(r)
+    squares = 3 + max(1, math.ceil(max(p, q) / chunk))
+    return 4 * view.batch * (factors + squares * r * r + p)
+
+
+def scratch_limit(weight_bytes: int) -> int:
+    """Bytes of scratch of a step: a share of the weights, or what hardly any GPU misses."""
+    return max(LEAST_SCRATCH, int(SCRATCH_SHARE * weight_bytes))

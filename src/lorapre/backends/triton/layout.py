@@ -1,0 +1,194 @@
+"""Where matrices of several shapes lie: one table on the device for all of them, kept while they stay in place.
+
+Grids are lists of work, (matrix, tile) for each program, so that one launch serves every shape of a model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lorapre.backends.batches import Bucket
+from lorapre.routing import MatrixView
+
+T = TypeVar("T")
+
+#: Columns of the table of matrices (n, COLUMNS), int64: addresses of W, G, m_B, m_A, v_row and v_col; sizes; strides
+#: in numbers; where the matrix begins in scratch of p r, r q and p numbers a matrix; its number in its bucket, and
+#: what tells buckets apart (both for stochastic rounding alone).
+(W, G, B, A, V_ROW, V_COL, P, Q, W_ROW, W_COL, G_ROW, G_COL, LEFT, RIGHT, ROWS, NUMBER, STREAM) = range(17)
+COLUMNS = 18
+
+#: State in the order of its addresses in the table.
+STATE = ("m_B", "m_A", "v_row", "v_col")
+
+
+@dataclass(frozen=True)
+class Place:
+    """How the tensors of one list hold their matrices: element (i, j) of matrix k is at k batch + i row + j col."""
+
+    batch: int
+    row: int
+    col: int
+
+    def alignment(self, itemsize: int, bases_aligned: bool) -> int:
+        """1 where every row of every matrix starts at a multiple of 16 bytes, 2 where every column does, else 0."""
+        if not bases_aligned:
+            return 0
+        if self.col == 1:
+            return 1 if self.row * itemsize % 16 == 0 else 0
+        return 2 if self.row == 1 and self.col * itemsize % 16 == 0 else 0
+
+
+def place_of(tensors: Sequence[Tensor], view: MatrixView) -> Place | None:
+    """The strides that all ``tensors`` share as (batch, p, q), or None: they differ, or no strides describe it."""
+    strides = tensors[0].stride()
+    if any(tensor.stride() != strides for tensor in tensors):
+        return None
+    try:
+        return Place(*tensors[0].view(view.batch, view.p, view.q).stride())
+    except RuntimeError:
+        return None
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """The matrices of some buckets, in their order.
+
+    Attributes:
+        table: (n, COLUMNS), int64, on the device.
+        p: of each matrix.
+        q: of each matrix.
+        kinds: of each matrix, `Place.alignment` of its W and of its G: launches that read them differ by these.
+    """
+
+    table: Tensor
+    p: tuple[int, ...]
+    q: tuple[int, ...]
+    kinds: tuple[tuple[int, int], ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.p)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tiles of some side of all matrices.
+
+    Attributes:
+        items: (programs, 2), int32: matrix and tile of each program.
+        starts: (n + 1), int32: how many tiles the matrices before this one have.
+        programs: their number.
+        tiles: of all matrices, of which ``items`` may hold a part.
+    """
+
+    items: Tensor
+    starts: Tensor
+    programs: int
+    tiles: int
+
+
+class Layouts:
+    """Tables and work lists by what they say, at most ``limit`` of them, the least recently used dropped first.
+
+    One that a CUDA graph reads is never dropped, since the graph reads it again at each replay. They stay out of
+    copies and pickles: addresses mean nothing elsewhere.
+    """
+
+    def __init__(self, limit: int = 256) -> None:
+        self.limit = limit
+        self._made: OrderedDict[tuple[Any, ...], Any] = OrderedDict()
+        self._captured: dict[tuple[Any, ...], Any] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layouts, (self.limit,)
+
+    def __len__(self) -> int:
+        return len(self._made) + len(self._captured)
+
+    def matrices(self, buckets: Sequence[Bucket]) -> Matrices:
+        """The table of all matrices of ``buckets``, which are on one device, of one rank and of one dtype each."""
+        addresses = tuple(
+            tuple(
+                tuple(tensor.data_ptr() for tensor in tensors)
+                for tensors in (bucket.params, bucket.grads, *(bucket.state[key] for key in STATE))
+            )
+            for bucket in buckets
+        )
+        shapes = tuple((bucket.view, bucket.first, _places(bucket)) for bucket in buckets)
+        device = buckets[0].params[0].device
+        return self._kept(("matrices", device, shapes, addresses), device, lambda: _matrices(buckets, addresses))
+
+    def work(self, sizes: tuple[int, ...], block: int, device: torch.device, chosen: tuple[bool, ...] = ()) -> Work:
+        """Tiles of ``block`` along a side that is ``sizes`` long; of the ``chosen`` matrices alone, if any is said."""
+        return self._kept(("work", device, sizes, block, chosen), device, lambda: _work(sizes, block, device, chosen))
+
+    def _kept(self, key: tuple[Any, ...], device: torch.device, make: Callable[[], T]) -> T:
+        found: T | None = self._made.get(key)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # What is made here is written when the graph is replayed, not before: no other step may read it.
+            found = self._captured.get(key) if found is None else found
+            found = self._captured[key] = make() if found is None else found
+            return found
+        if found is None:
+            found = self._made[key] = make()
+            if len(self._made) > self.limit:
+                self._made.popitem(last=False)
+        self._made.move_to_end(key)
+        return found
+
+
+def _places(bucket: Bucket) -> tuple[Place, Place]:
+    places = place_of(bucket.params, bucket.view), place_of(bucket.grads, bucket.view)
+    if places[0] is None or places[1] is None:
+        raise ValueError("weights or gradients are no matrices of one place")
+    return places[0], places[1]
+
+
+def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[int]]]) -> Matrices:
+    rows: list[list[int]] = []
+    kinds: list[tuple[int, int]] = []
+    left = right = before = 0
+    for bucket, lists in zip(buckets, addresses, strict=True):
+        view = bucket.view
+        p, q, r = view.p, view.q, view.rank
+        places = _places(bucket)
+        sizes = [bucket.params[0].element_size(), bucket.grads[0].element_size()]
+        steps = [place.batch * size for place, size in zip(places, sizes, strict=True)]
+        steps += [numel * bucket.state[STATE[0]][0].element_size() for numel in (p * r, r * q, p, q)]
+        aligned = [all((base + step * (view.batch > 1)) % 16 == 0 for base in bases) for bases, step in zip(lists, steps, strict=True)]
+        kind = (places[0].alignment(sizes[0], aligned[0]), places[1].alignment(sizes[1], aligned[1]))
+        strides = [places[0].row, places[0].col, places[1].row, places[1].col]
+        number = bucket.first
+        for bases in zip(*lists, strict=True):
+            for i in range(view.batch):
+                where = [base + i * step for base, step in zip(bases, steps, strict=True)]
+                # Buckets number their matrices alike: the shape tells their streams apart.
+                stream = (p * 2_654_435_761 + q) % 2**31
+                rows.append([*where, p, q, *strides, left, right, before, number, stream, 0])
+                kinds.append(kind)
+                left, right, before, number = left + p * r, right + r * q, before + p, number + 1
+    table = _sent(torch.tensor(rows, dtype=torch.int64), buckets[0].params[0].device)
+    return Matrices(table, tuple(row[P] for row in rows), tuple(row[Q] for row in rows), tuple(kinds))
+
+
+def _work(sizes: tuple[int, ...], block: int, device: torch.device, chosen: tuple[bool, ...]) -> Work:
+    counts = torch.tensor([math.ceil(size / block) for size in sizes])
+    starts = torch.zeros(len(sizes) + 1, dtype=torch.int64)
+    torch.cumsum(counts, dim=0, out=starts[1:])
+    made = counts * torch.tensor(chosen) if chosen else counts
+    matrix = torch.repeat_interleave(torch.arange(len(sizes)), made)
+    tile = torch.arange(len(matrix)) - (torch.cumsum(made, dim=0) - made)[matrix]
+    items = torch.stack([matrix, tile], dim=1).to(torch.int32)
+    return Work(_sent(items, device), _sent(starts.to(torch.int32), device), len(items), int(starts[-1]))
+
+
+def _sent(host: Tensor, device: torch.device) -> Tensor:
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
