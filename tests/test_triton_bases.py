@@ -1,4 +1,4 @@
-"""The bases of the Triton step, whose r x r algebra is one kernel, against those of `lorapre.subspace`."""
+"""The bases of the Triton step, by products of chunks and r x r matrices, against those of `lorapre.subspace`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from torch import Tensor
 
 from _formulas import random_matrix
 from _support import assert_close
-from _triton import needs_triton, scalars_as_bounds  # noqa: F401
+from _triton import needs_triton, scalars_as_bounds, small_blocks  # noqa: F401
 from lorapre import subspace
 from lorapre.backends import triton as backend
 
 if backend.unavailable("cpu") is None or torch.cuda.is_available():
-    from lorapre.backends.triton import bases, table
+    from lorapre.backends.triton import adamw, elements, layout, table
 
 pytestmark = needs_triton
 EPS = torch.finfo(torch.float32).eps
@@ -22,6 +22,32 @@ EPS = torch.finfo(torch.float32).eps
 def conditioned(p: int, r: int, condition: float, seed: int = 0) -> Tensor:
     left, right = (torch.linalg.qr(random_matrix(rows, r, seed=seed + rows)).Q for rows in (p, r))
     return (left * torch.logspace(0, -1, r, base=condition, dtype=torch.float64)) @ right.T
+
+
+def orthonormalize(X: Tensor, *, right: bool = False) -> tuple[Tensor, Tensor]:
+    """Q (n, p, r) and the triangles (n, r, r) of X = Q R, by the kernels; ``right`` lays X out as L is, transposed."""
+    n, p, r = X.shape
+    step = adamw._Step.__new__(adamw._Step)
+    step.r, step.n, step.device, step.layouts = r, n, X.device, layout.Layouts()
+    step.X_in_state = step.L_in_state = False
+    table_of = torch.zeros((n, layout.COLUMNS), dtype=torch.int64)
+    table_of[:, layout.P] = table_of[:, layout.Q] = p
+    table_of[:, layout.LEFT] = table_of[:, layout.RIGHT] = torch.arange(n) * p * r
+    step.matrices = layout.Matrices(table_of.to(X.device), (p,) * n, (p,) * n, ((0, 0),) * n)
+    step.U = step.X = step.L = (X.mT if right else X).clone(memory_format=torch.contiguous_format).flatten()
+    step.sizes = X.abs().amax(dim=(1, 2)) * 3 if right else step._empty(n)
+    step.T, step.triangles = step._squares(n), step._squares(n)
+    step.project_rows, step.project_parts = step._work((p,) * n, p), 1
+    step.parts = torch.zeros((n, elements.PART.value), device=X.device)
+    step.parts[:, 2] = X.abs().amax(dim=(1, 2))
+    step.coefficients = torch.ones((n, elements.COLUMNS), device=X.device)
+    side = adamw._Side(step, right=right)
+    products = side.first_products()
+    for number in range(3):
+        side.decompose(products, number)
+        products = side.multiply(products, number, gram=number < 2)
+    Q = step.U.view(n, r, p).mT if right else step.U.view(n, p, r)
+    return Q, step.triangles
 
 
 def error_of(Q: Tensor) -> float:
@@ -35,17 +61,20 @@ def test_a_basis_is_orthonormal_to_rounding_and_spans_its_columns(
     p: int, r: int, condition: float, device: torch.device
 ) -> None:
     X = torch.stack([conditioned(p, r, condition, seed=seed) for seed in (0, 100)]).float().to(device)
-    Q = bases.orthonormalize(X)
-    assert error_of(Q) < 64 * EPS
-    X, Q = X.double().cpu(), Q.double().cpu()
-    assert ((X - Q @ (Q.mT @ X)).norm() / X.norm()).item() < 64 * EPS
+    for right in (False, True):
+        Q, triangle = orthonormalize(X, right=right)
+        assert error_of(Q) < 64 * EPS
+        assert not triangle.tril(-1).any()
+        wide, Q, triangle = X.double().cpu(), Q.double().cpu(), triangle.double().cpu()
+        assert ((wide - Q @ (Q.mT @ wide)).norm() / wide.norm()).item() < 64 * EPS
+        assert ((wide - Q @ triangle).norm() / wide.norm()).item() < 64 * EPS
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_it_is_the_basis_that_torch_finds(scale: float, device: torch.device) -> None:
     X = (random_matrix(3, 40, 20) * torch.logspace(0, -12, 20, dtype=torch.float64) * scale).float().to(device)
     # the one with an upper triangular factor of positive diagonal: no other basis has it
-    assert_close(bases.orthonormalize(X), subspace.orthonormalize(X), 1e-5)
+    assert_close(orthonormalize(X)[0], subspace.orthonormalize(X), 1e-5)
 
 
 def singular() -> dict[str, Tensor]:
@@ -71,17 +100,30 @@ def test_of_a_singular_matrix_no_direction_is_enlarged_and_what_it_spans_is_kept
     name: str, device: torch.device
 ) -> None:
     X = singular()[name].float().to(device)
-    Q = bases.orthonormalize(X).double().cpu()
+    Q, triangle = (found.double().cpu() for found in orthonormalize(X))
     X = X.double().cpu()
+    assert (X - Q @ triangle).norm() <= 64 * EPS * X.norm()
     assert torch.linalg.eigvalsh(Q.mT @ Q).max() < 1 + 2e-3
     assert (X - Q @ (Q.mT @ X)).norm() <= 2e-3 * X.norm()
     if name == "a column of zeros":
         assert not Q[:, :, 3].any()
 
 
-def test_a_rank_beyond_a_programs_registers_is_left_to_torch(
+def test_beyond_a_programs_registers_torch_decomposes_the_same(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    X = random_matrix(2, 40, 20).float().to(device)
+    X = torch.stack([conditioned(90, 20, 1e4, seed=seed) for seed in (0, 100)]).float().to(device)
+    expected = orthonormalize(X)
     monkeypatch.setattr(table, "REGISTER_RANK", 19)
-    assert torch.equal(bases.orthonormalize(X), subspace.orthonormalize(X))
+    found = orthonormalize(X)
+    assert error_of(found[0]) < 64 * EPS
+    for mine, other in zip(found, expected, strict=True):
+        assert_close(mine, other, 1e-3)  # of condition 1e4 itself
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_chunks_and_blocks_change_nothing(device: torch.device) -> None:
+    X = torch.stack([conditioned(150, 20, 1e3, seed=seed) for seed in (0, 100)]).float().to(device)
+    Q, triangle = orthonormalize(X)
+    assert error_of(Q) < 64 * EPS
+    assert_close(Q @ triangle, X, 64 * EPS)

@@ -15,52 +15,90 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from _support import Shape, assert_close, gradients, make_params, set_grads
+from _support import Shape, assert_close, assert_same_bits, gradients, make_params, set_grads, snapshot
 from _triton import DEVICE, OPTIONS, EagerAdamW, both, needs_triton, params_of, scalars_as_bounds  # noqa: F401
 from lorapre.backends import triton as backend
-from lorapre.backends.triton.pointers import Pointers
+from lorapre.backends.triton import table
+from lorapre.backends.triton.layout import COLUMNS, Layouts, Matrices, P, Q, W
 
 pytestmark = needs_triton
 PAIR: tuple[Shape, ...] = ((17, 33), (17, 33))
 
 
 class Watch(TorchDispatchMode):
-    """The sizes of what torch allocates, and how many operations that write it performs."""
+    """The sizes of what torch allocates: the largest, and their sum."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
         self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
-        self.largest = self.operations = 0
+        self.largest = self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for result in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in self.known:
                 self.largest = max(self.largest, result.untyped_storage().nbytes())
-        self.operations += not func.is_view
+                if func is torch.ops.aten.empty.memory_format:  # the interpreter's copies are not ours
+                    self.total += result.untyped_storage().nbytes()
         return out
 
 
 def test_no_scratch_of_a_matrix_s_size_is_allocated(device: torch.device) -> None:
-    shape = (128, 160)
+    shape = (512, 160)
     sizes = []
-    for optimizer in both((shape,) * 2, torch.float32, device, rank=4):
+    for optimizer in both((shape,) * 2, torch.float32, device, rank=4, update_clipping=True):
         set_grads(params_of(optimizer), [next(gradients(shape, 1)) for _ in range(2)])
         optimizer.step()  # the addresses are known from here on
         bucket, _ = optimizer.last
         with torch.no_grad(), Watch([*bucket.params, *bucket.grads]) as watch:
-            optimizer._step_bucket(replace(bucket, step=2.0), optimizer.param_groups[0])
-        sizes.append(watch.largest)
-    n_p_q_bytes = 2 * 128 * 160 * 4
-    assert sizes[1] >= n_p_q_bytes  # what the watch sees of the eager step
-    factor = 2 * 2 * 160 * 4 * 4  # in float64; on a GPU a reduction is cut into parts
-    assert sizes[0] <= (factor if device.type == "cpu" else 3 * factor)
-    assert 4 * sizes[0] < n_p_q_bytes
+            optimizer._step_buckets([replace(bucket, step=2.0)], optimizer.param_groups[0])
+        sizes.append((watch.largest, watch.total))
+    n_p_q_bytes = 2 * 512 * 160 * 4
+    assert sizes[1][0] >= n_p_q_bytes  # what the watch sees of the eager step
+    left_factors = 2 * 512 * 4 * 4
+    assert sizes[0][0] == left_factors
+    assert sizes[0][1] < 2 * left_factors  # the rest are single rows and columns and r x r matrices
 
 
-def test_addresses_are_sent_once_while_tensors_stay_in_place(device: torch.device) -> None:
+def test_scratch_beyond_the_limit_is_used_in_turns_that_change_nothing(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: tuple[Shape, ...] = ((40, 20), (3, 17, 33), (40, 20), (3, 17, 33), (3, 17, 33))
+    for options in ({"capturable": True}, {"state_dtype": torch.bfloat16}):
+        whole, _ = both(shapes, torch.float32, device, **options)
+        turns, _ = both(shapes, torch.float32, device, **options)
+        for grads in zip(*(gradients(shape, 2, seed=i) for i, shape in enumerate(shapes)), strict=True):
+            for each in (whole, turns):
+                set_grads(params_of(each), grads)
+            whole.step()
+            view = turns._view(params_of(turns)[1], turns.param_groups[0])
+            assert view is not None
+            dtype = options.get("state_dtype", torch.float32)
+            limit = 2 * table.scratch_bytes(view, dtype)
+            with monkeypatch.context() as patch:
+                patch.setattr(table, "scratch_limit", lambda _, limit=limit: limit)
+                turns.step()
+        assert_same_bits(snapshot(turns), snapshot(whole))
+
+
+def test_scratch_is_what_is_foreseen_and_a_small_share_of_a_large_model(device: torch.device) -> None:
+    for rank, options in ((4, {}), (20, {}), (4, {"state_dtype": torch.bfloat16})):
+        optimizer, _ = both(((600, 64),), torch.float32, device, rank=rank, **options)
+        set_grads(params_of(optimizer), list(gradients((600, 64), 1)))
+        optimizer.step()
+        bucket, _ = optimizer.last
+        with torch.no_grad(), Watch([*bucket.params, *bucket.grads]) as watch:
+            optimizer._step_buckets([replace(bucket, step=2.0)], optimizer.param_groups[0])
+        foreseen = table.scratch_bytes(bucket.view, bucket.state["m_B"][0].dtype)
+        assert 0.9 * watch.total <= foreseen + 4096
+        assert foreseen <= 1.6 * watch.total
+    assert table.scratch_limit(5 * 10**9) == 10**8
+
+
+def test_layouts_are_made_once_while_tensors_stay_in_place(device: torch.device) -> None:
     optimizer, expected = both(PAIR, torch.float32, device)
     kept = [torch.zeros(shape, device=device) for shape in PAIR]
+    counts = []
     for step, grads in enumerate(zip(*(gradients(shape, 4, seed=i) for i, shape in enumerate(PAIR)), strict=True)):
         set_grads(params_of(expected), grads)
         expected.step()
@@ -69,26 +107,43 @@ def test_addresses_are_sent_once_while_tensors_stay_in_place(device: torch.devic
         for param, grad, new in zip(params_of(optimizer), kept, grads, strict=True):
             param.grad = grad.copy_(new)
         optimizer.step()
-        assert len(optimizer.pointers) == (1 if step < 2 else 2)
+        counts.append(len(optimizer.layouts))
+    assert counts[1] == counts[0]
+    assert counts[2] == counts[3] == counts[0] + 1  # the table of addresses, not the lists of work
     for mine, other in zip(params_of(optimizer), params_of(expected), strict=True):
         assert_close(mine, other, 1e-5)
 
 
-def test_the_number_of_tables_is_bounded_and_copies_start_empty() -> None:
-    pointers = Pointers(limit=3)
-    tensors = [torch.zeros(8) for _ in range(5)]
-    for tensor in tensors:
-        addresses = pointers.table([[tensor]], [0], 1)
-        assert addresses.table.tolist() == [[tensor.data_ptr()]]
-        assert addresses.aligned == (tensor.data_ptr() % 16 == 0,)
-    assert len(pointers) == 3
-    latest = pointers.table([[tensors[4]]], [0], 1)
-    assert pointers.table([[tensors[4]]], [0], 1) is latest
-    stack = torch.zeros(3, 2, 4)
-    assert pointers.table([[stack]], [32], 3).table.tolist() == [[stack.data_ptr() + 32 * i for i in range(3)]]
-    for other in (copy.deepcopy(pointers), pickle.loads(pickle.dumps(pointers))):
+def test_work_lists_name_every_tile_once_and_the_chosen_ones_alone() -> None:
+    layouts, device = Layouts(limit=3), torch.device("cpu")
+    work = layouts.work((5, 4, 9), 4, device)
+    assert work.items.tolist() == [[0, 0], [0, 1], [1, 0], [2, 0], [2, 1], [2, 2]]
+    assert work.starts.tolist() == [0, 2, 3, 6]
+    assert (work.programs, work.tiles) == (6, 6)
+    some = layouts.work((5, 4, 9), 4, device, (True, False, True))
+    assert some.items.tolist() == [[0, 0], [0, 1], [2, 0], [2, 1], [2, 2]]
+    assert some.starts.tolist() == [0, 2, 3, 6]
+    assert (some.programs, some.tiles) == (5, 6)
+    for block in (1, 2, 3):
+        layouts.work((5, 4, 9), block, device)
+    assert len(layouts) == 3
+    for other in (copy.deepcopy(layouts), pickle.loads(pickle.dumps(layouts))):
         assert len(other) == 0
         assert other.limit == 3
+
+
+def test_the_table_holds_addresses_sizes_and_strides_of_every_matrix() -> None:
+    optimizer, _ = both(((3, 17, 33), (20, 40)), torch.float32, torch.device("cpu"))
+    set_grads(params_of(optimizer), [torch.randn(3, 17, 33), torch.randn(20, 40)])
+    optimizer.step()
+    stack, plain = params_of(optimizer)
+    matrices = next(made for made in optimizer.layouts._made.values() if isinstance(made, Matrices))
+    assert matrices.table.shape == (4, COLUMNS)
+    assert matrices.table[:, W].tolist() == [stack.data_ptr() + 4 * 17 * 33 * i for i in range(3)] + [plain.data_ptr()]
+    assert matrices.table[:, W + 1].tolist()[3] == plain.grad.data_ptr()  # type: ignore[union-attr]
+    assert matrices.table[:, P].tolist() == list(matrices.p) == [17, 17, 17, 20]
+    assert matrices.table[:, Q].tolist() == list(matrices.q) == [33, 33, 33, 40]
+    assert [kind[0] for kind in matrices.kinds] == [0, 0, 0, 1 if plain.data_ptr() % 16 == 0 else 0]
 
 
 def reason(shape: Shape = (17, 33), *, dtype: torch.dtype = torch.float32, **options: Any) -> str | None:
@@ -109,7 +164,7 @@ def test_what_the_kernels_cannot_do_is_said_in_words(device: torch.device) -> No
     assert "tangent" in str(reason(regression="tangent"))
     assert "v_A" in str(reason(second_moment="hadamard"))
     assert "exp_avg_sq" in str(reason(second_moment="full"))
-    assert "clip" in str(reason(update_clipping=True))
+    assert "residual_gain=0.0" in str(reason(residual_gain=0.0))
     assert "513" in str(reason((514, 515), rank=513))
 
 
@@ -126,7 +181,7 @@ def test_strides_that_are_no_matrix_s_are_refused_and_the_step_raises(device: to
     ):
         assert "strides" in str(backend.supports(wrong, hyper))
         with pytest.raises(ValueError, match="strides"):
-            backend.lorapre_adamw(wrong, hyper, Pointers())
+            backend.lorapre_adamw([wrong], hyper, Layouts())
     factor = bucket.state["m_A"][0].mT.contiguous().mT
     crooked = replace(bucket, state={**bucket.state, "m_A": [factor, bucket.state["m_A"][1]]})
     assert "contiguous" in str(backend.supports(crooked, hyper))
@@ -162,45 +217,53 @@ from triton.compiler import ASTSource
 from lorapre.backends.triton import bases, elements, kernels, table
 
 numbers = "decay gain beta2 eps keep cross outside v_scale rate step limit shift".split()
-batches = "A B GA K X U UG row_sums col_sums coefficients scalars gram T".split()
+integers = "n seed right_programs".split()
+lists = "items starts part_starts right_items left_items".split()
 
-def build(kernel, target, warps=4, stages=2, **constants):
+def build(kernel, target, blocks=None, **constants):
     names = kernel.arg_names
     types = {}
     for name in names:
-        types[name] = "i32"
+        types[name] = "*fp32"
         if name in numbers: types[name] = "fp32"
-        if name in batches: types[name] = "*fp32"
-        if name.endswith("_table"): types[name] = "*i64"
+        if name in integers: types[name] = "i32"
+        if name in lists: types[name] = "*i32"
+        if name == "matrices": types[name] = "*i64"
         if name == "enabled": types[name] = "*u8"
         if name in constants: types[name] = "constexpr"
     source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()})
-    return compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
-
-def tile(blocks, rank):
-    return {"R": rank, "BLOCK_P": blocks.rows, "BLOCK_Q": blocks.cols, "BLOCK_R": blocks.rank,
-            "warps": blocks.warps, "stages": blocks.stages, "NEGATE": True}
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages} if blocks else {}
+    return compile(source, target=target, options=options)
 
 for target, rank, kind, narrow, precision in (
     (GPUTarget("cuda", 90, 32), 160, tl.bfloat16, True, "tf32"),
     (GPUTarget("hip", "gfx942", 64), 20, tl.float32, False, "ieee"),
 ):
     size = 4 if kind == tl.float32 else 2
-    # an argument of 1 is compiled in
-    counts = "tiles parts B_blocks A_blocks row_blocks col_blocks row_parts col_parts seed first_matrix".split()
-    def ones(kernel):
-        return {name: 1 for name in kernel.arg_names if narrow and name in counts}
+    R, whole, chunk = {"R": rank}, table.padded(rank), table.chunk_rows(rank)
     build(elements.fill, target, MASKED=True)
-    build(bases.inverse_cholesky, target, warps=8, R=12, BLOCK=16, LAST=True)
-    build(elements.gather, target, ALIGNED=True, S_TYPE=kind, BLOCK=table.ELEMENTS, **ones(elements.gather))
-    build(elements.combine, target, S_TYPE=kind, RELATIVE=True, BLOCK=table.ELEMENTS,
-          **ones(elements.combine))
-    build(elements.commit, target, ALIGNED=True, S_TYPE=kind, BLOCK=table.ELEMENTS, **ones(elements.commit))
-    build(kernels.project, target, G_TYPE=kind, ALIGNED=1, BF16=narrow, PRECISION=precision,
-          **ones(kernels.project), **tile(table.blocks(table.PROJECT, rank, size), rank))
-    made = build(kernels.update, target, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, RELATIVE=True, BOUNDED=True,
-          STOCHASTIC=narrow, ROUNDS=7, W_ALIGNED=1, G_ALIGNED=2, BF16=narrow, MOMENTUM_PRECISION=precision,
-          LEFT_PRECISION=precision, **ones(kernels.update), **tile(table.blocks(table.UPDATE, rank, size), rank))
+    build(elements.carry, target, BLOCK=table.ELEMENTS, **R)
+    build(elements.gathered, target, BLOCK=table.ELEMENTS, **R)
+    if rank <= table.REGISTER_RANK:
+        build(bases.inverse_cholesky, target, BLOCK=whole, FIRST=False, LAST=True, **R)
+    shared = dict(R, CHUNK=chunk, RIGHT_SIDE=True, X_IN_STATE=not narrow, Y_IN_STATE=not narrow, PRECISION=precision)
+    block = table.product_blocks(rank)
+    build(bases.product, target, block, BLOCK_R=block.rank, BLOCK=block.rows, PARTS=2, SCALE=True, **shared)
+    block = table.apply_blocks(rank)
+    build(bases.apply, target, block, BLOCK_R=whole, BLOCK=block.rows, OUT=block.cols, SCALE=True,
+          GRAM=not narrow, CARRY=False, **shared)
+    block = table.finish_blocks(rank)
+    build(bases.finish, target, block, BLOCK_R=whole, BLOCK=block.rows, OUT=block.cols, S_TYPE=kind,
+          L_IN_STATE=not narrow, PRECISION=precision, **R)
+    block = table.blocks(table.PROJECT, rank, size)
+    tile = dict(R, BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=True, CLIP=True, BF16=narrow)
+    build(kernels.project, target, block, G_TYPE=kind, S_TYPE=kind, IN_STATE=not narrow, ALIGNED=1,
+          PRECISION=precision, **tile)
+    block = table.blocks(table.UPDATE, rank, size)
+    tile |= dict(BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols)
+    made = build(kernels.update, target, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, PARTS=3, RELATIVE=True,
+                 BOUNDED=True, STOCHASTIC=narrow, ROUNDS=7, X_IN_STATE=True, L_IN_STATE=not narrow, W_ALIGNED=1,
+                 G_ALIGNED=2, MOMENTUM_PRECISION=precision, LEFT_PRECISION=precision, **tile)
     print(*sorted(made.asm.keys() & {"cubin", "hsaco"}), made.metadata.shared <= 227 * 1024)
 """
 

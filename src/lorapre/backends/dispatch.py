@@ -17,9 +17,7 @@ _logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
 
-def lorapre_adamw(
-    buckets: Sequence[Bucket], hyper: AdamHyperparameters, backend: Backend, layouts: Layouts
-) -> None:
+def lorapre_adamw(buckets: Sequence[Bucket], hyper: AdamHyperparameters, backend: Backend, layouts: Layouts) -> None:
     """One step of LoRA-Pre Adam for some buckets of matrices, in place, by the kernels or by batched torch.
 
     Args:

@@ -174,7 +174,7 @@ class _Step:
         products = side.first_products()
         for number in range(_PASSES):
             side.decompose(products, number)
-            products = side.multiply(products, gram=number < _PASSES - 1, carry=number == _PASSES - 1)
+            products = side.multiply(products, number, gram=number < _PASSES - 1, carry=number == _PASSES - 1)
         return side.work, products
 
     def _right_basis(self) -> None:
@@ -184,7 +184,7 @@ class _Step:
         for number in range(_PASSES):
             side.decompose(products, number)
             if number < _PASSES - 1:
-                products = side.multiply(products, gram=True)
+                products = side.multiply(products, number, gram=True)
 
     def _carried(self, found: tuple[Work, Tensor]) -> Tensor:
         work, products = found
@@ -362,7 +362,7 @@ class _Side:
             T, triangle = torch.where(works, T, identity), torch.where(works, triangle, identity)
         if number == 0:
             size = torch.where(step.sizes > 0, step.sizes, 1.0)[:, None, None]
-            T, triangle = T / size, triangle * size
+            triangle = triangle * size
         else:
             triangle = torch.bmm(triangle, step.triangles)
         step.T.copy_(T)
@@ -376,8 +376,8 @@ class _Side:
         elements.gathered[(step.n * count,)](products, self.work.starts, total, R=step.r, BLOCK=table.ELEMENTS)
         return total
 
-    def multiply(self, products: Tensor, *, gram: bool = False, carry: bool = False) -> Tensor:
-        """X <- X T; the products of its chunks with itself, or with the left factor that the update needs.
+    def multiply(self, products: Tensor, number: int, *, gram: bool = False, carry: bool = False) -> Tensor:
+        """X <- X T of pass ``number``; the products of its chunks with itself, or with X of the update.
 
         ``products`` may be overwritten.
         """
@@ -388,6 +388,8 @@ class _Side:
             step.matrices.table,
             self.work.items,
             self.work.starts,
+            step.coefficients,
+            step.sizes,
             self.scratch,
             step.X,
             step.T,
@@ -396,6 +398,7 @@ class _Side:
             BLOCK=block.rows,
             OUT=block.cols,
             Y_IN_STATE=step.X_in_state,
+            SCALE=number == 0,
             GRAM=gram and fused,
             CARRY=carry and fused,
             num_warps=block.warps,

@@ -71,7 +71,7 @@ def product(
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """X^T Y of each chunk; where SCALE, of both divided by ``sizes``, which for the left side the parts of pass 1 give."""
+    """X^T Y of each chunk; where SCALE, of both divided by ``sizes``, which of the left side the parts give."""
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     pid = tl.program_id(0)
     item = pid // (R_BLOCKS * R_BLOCKS)
@@ -135,8 +135,11 @@ def inverse_cholesky(
     inside = (rows < R) & (cols < R)
     diagonal = rows == cols
     S = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for chunk in range(tl.load(starts + matrix), tl.load(starts + matrix + 1)):
-        S += tl.load(products + chunk.to(tl.int64) * R * R + rows * R + cols, mask=inside, other=0.0)
+    first = tl.load(starts + matrix)
+    chunk = products + first.to(tl.int64) * R * R + (rows * R + cols)
+    for _ in range(first, tl.load(starts + matrix + 1)):
+        S += tl.load(chunk, mask=inside, other=0.0)
+        chunk += R * R
     length = tl.sqrt(tl.sum(tl.where(diagonal, S, 0.0), axis=1))
     scale = tl.where(length > _TINY, 1.0 / tl.maximum(length, _TINY), 0.0)
     S = S * scale[:, None] * scale[None, :]
@@ -166,8 +169,7 @@ def inverse_cholesky(
     if FIRST:
         size = tl.load(sizes + matrix)
         size = tl.where(size > 0, size, 1.0)
-        result = result / size
-        upper = upper * size
+        upper = upper * size  # by which `apply` divides what it is given
     else:
         before = tl.load(here, mask=inside, other=0.0)
         upper = tl.dot(upper, before, input_precision="ieee")
@@ -181,6 +183,8 @@ def apply(
     matrices,
     items,
     starts,
+    coefficients,
+    sizes,
     X,
     Y,
     T,
@@ -193,15 +197,26 @@ def apply(
     RIGHT_SIDE: tl.constexpr,
     X_IN_STATE: tl.constexpr,
     Y_IN_STATE: tl.constexpr,
+    SCALE: tl.constexpr,
     GRAM: tl.constexpr,
     CARRY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """X <- X T in place, OUT ranks at once; and of the new X each chunk's X^T X (GRAM) or X^T Y (CARRY)."""
+    """X <- X T in place, OUT ranks at once; and of the new X each chunk's X^T X (GRAM) or X^T Y (CARRY).
+
+    SCALE divides X by ``sizes`` before, without which T might overflow.
+    """
     item = tl.program_id(0)
     matrix = tl.load(items + item * 2).to(tl.int64)
     chunk = tl.load(items + item * 2 + 1)
     length = size_of(matrices, matrix, Q if RIGHT_SIDE else P)
+    live = length
+    if X_IN_STATE:  # which stays as it is where the step is not enabled
+        live = length * (tl.load(coefficients + matrix * WIDTH + ON) != 0).to(tl.int32)
+    scale = 1.0
+    if SCALE:
+        size = tl.load(sizes + matrix)
+        scale = tl.where(size > 0, 1.0 / size, 1.0)
     ranks = tl.arange(0, BLOCK_R)
     first = chunk * CHUNK
     total = tl.zeros((BLOCK_R, OUT), tl.float32)
@@ -216,11 +231,11 @@ def apply(
                 mask=(ranks < R)[:, None] & (out < R)[None, :],
                 other=0.0,
             )
-            new = tl.dot(x, t, input_precision=PRECISION)
+            new = tl.dot(x * scale, t, input_precision=PRECISION)
             tl.store(
                 factor(matrices, matrix, X, rows, out, R, RIGHT_SIDE, X_IN_STATE),
                 new,
-                mask=(rows < length)[:, None] & (out < R)[None, :],
+                mask=(rows < live)[:, None] & (out < R)[None, :],
             )
             if GRAM:  # OUT is all ranks then
                 total = tl.dot(tl.trans(new), new, total, input_precision=PRECISION)
@@ -229,9 +244,7 @@ def apply(
                 total = tl.dot(tl.trans(new), y, total, input_precision=PRECISION)
     if GRAM or CARRY:
         at = products + (tl.load(starts + matrix) + chunk).to(tl.int64) * R * R
-        tl.store(
-            at + ranks[:, None] * R + ranks[None, :], total, mask=(ranks < R)[:, None] & (ranks < R)[None, :]
-        )
+        tl.store(at + ranks[:, None] * R + ranks[None, :], total, mask=(ranks < R)[:, None] & (ranks < R)[None, :])
 
 
 @triton.jit
@@ -270,9 +283,7 @@ def finish(
     # Of element (row, rank), in the left factor and in the right one.
     row_stride = tl.where(left, R, 1)
     rank_stride = tl.where(left, 1, q)
-    source = tl.where(
-        left, U + field(matrices, matrix, LEFT), place_in(L, matrices, matrix, RIGHT, A, L_IN_STATE)
-    )
+    source = tl.where(left, U + field(matrices, matrix, LEFT), place_in(L, matrices, matrix, RIGHT, A, L_IN_STATE))
     target = tl.where(left, base_of(matrices, matrix, B, S_TYPE), base_of(matrices, matrix, A, S_TYPE))
     factor_of = tl.where(left, triangles, T) + matrix * R * R
     in_stride = tl.where(left, 1, R)

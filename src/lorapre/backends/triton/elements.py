@@ -134,6 +134,18 @@ def fill(coefficients, enabled, keep, cross, outside, v_scale, rate, decay, step
 
 
 @triton.jit
+def sum_of_chunks(products, starts, matrix, at, inside, R: tl.constexpr, BLOCK: tl.constexpr):
+    """The numbers ``at`` of the sum (R, R) of the products of a matrix's chunks, in their order."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    first = tl.load(starts + matrix)
+    chunk = products + first.to(tl.int64) * R * R + at
+    for _ in range(first, tl.load(starts + matrix + 1)):
+        total += tl.load(chunk, mask=inside, other=0.0)
+        chunk += R * R
+    return total
+
+
+@triton.jit
 def carry(products, starts, triangles, coefficients, C, gain, R: tl.constexpr, BLOCK: tl.constexpr):
     """C (n, R, R) = U^T (decay B), from U^T X and U^T K.
 
@@ -145,9 +157,7 @@ def carry(products, starts, triangles, coefficients, C, gain, R: tl.constexpr, B
     matrix = (pid // BLOCKS).to(tl.int64)
     at = (pid % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     inside = at < R * R
-    product = tl.zeros((BLOCK,), tl.float32)
-    for part in range(tl.load(starts + matrix), tl.load(starts + matrix + 1)):
-        product += tl.load(products + part.to(tl.int64) * R * R + at, mask=inside, other=0.0)
+    product = sum_of_chunks(products, starts, matrix, at, inside, R, BLOCK)
     triangle = tl.load(triangles + matrix * R * R + at, mask=inside, other=0.0)
     row = coefficients + matrix * WIDTH
     value = (gain * product - tl.load(row + CROSS) * triangle) / tl.load(row + OUTSIDE)
@@ -162,7 +172,5 @@ def gathered(products, starts, total, R: tl.constexpr, BLOCK: tl.constexpr):
     matrix = (pid // BLOCKS).to(tl.int64)
     at = (pid % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
     inside = at < R * R
-    value = tl.zeros((BLOCK,), tl.float32)
-    for part in range(tl.load(starts + matrix), tl.load(starts + matrix + 1)):
-        value += tl.load(products + part.to(tl.int64) * R * R + at, mask=inside, other=0.0)
+    value = sum_of_chunks(products, starts, matrix, at, inside, R, BLOCK)
     tl.store(total + matrix * R * R + at, value, mask=inside)

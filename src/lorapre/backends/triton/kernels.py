@@ -96,8 +96,8 @@ def project(
 ):
     """Pass 1 over G, a program a block of rows: K = decay B + gain G A^T to ``U``, X = keep B + cross G A^T.
 
-    Besides ``row_sums`` of G^2, and in ``parts`` the sums of G^2 and of G^2 / v_hat and the largest |K| of the block. X takes
-    the place of m_B where IN_STATE.
+    Besides ``row_sums`` of G^2, and in ``parts`` the sums of G^2 and of G^2 / v_hat and the largest |K| of the block.
+    X takes the place of m_B where IN_STATE.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     pid = tl.program_id(0)
@@ -327,9 +327,7 @@ def update(
     old = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
     for k in range(0, R, BLOCK_R):
         r = k + tl.arange(0, BLOCK_R)
-        c = tl.load(
-            C_base + ranks[:, None] * R + r[None, :], mask=(ranks < R)[:, None] & (r < R)[None, :], other=0.0
-        )
+        c = tl.load(C_base + ranks[:, None] * R + r[None, :], mask=(ranks < R)[:, None] & (r < R)[None, :], other=0.0)
         if R_BLOCKS > 1:
             a = tl.load(
                 A_base + r.to(tl.int64)[:, None] * q + cols[None, :],

@@ -163,7 +163,10 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
         sizes = [bucket.params[0].element_size(), bucket.grads[0].element_size()]
         steps = [place.batch * size for place, size in zip(places, sizes, strict=True)]
         steps += [numel * bucket.state[STATE[0]][0].element_size() for numel in (p * r, r * q, p, q)]
-        aligned = [all((base + step * (view.batch > 1)) % 16 == 0 for base in bases) for bases, step in zip(lists, steps, strict=True)]
+        aligned = [
+            all((base + step * (view.batch > 1)) % 16 == 0 for base in bases)
+            for bases, step in zip(lists, steps, strict=True)
+        ]
         kind = (places[0].alignment(sizes[0], aligned[0]), places[1].alignment(sizes[1], aligned[1]))
         strides = [places[0].row, places[0].col, places[1].row, places[1].col]
         number = bucket.first
