@@ -36,7 +36,7 @@ def orthonormalize(X: Tensor, *, right: bool = False) -> tuple[Tensor, Tensor]:
     step.matrices = layout.Matrices(table_of.to(X.device), (p,) * n, (p,) * n, ((0, 0),) * n)
     step.U = step.X = step.L = (X.mT if right else X).clone(memory_format=torch.contiguous_format).flatten()
     step.sizes = X.abs().amax(dim=(1, 2)) * 3 if right else step._empty(n)
-    step.T, step.triangles = step._squares(n), step._squares(n)
+    step.T, step.triangles, step.uppers = (step._squares(n) for _ in range(3))
     step.project_rows, step.project_parts = step._work((p,) * n, p), 1
     step.parts = torch.zeros((n, elements.PART.value), device=X.device)
     step.parts[:, 2] = X.abs().amax(dim=(1, 2))

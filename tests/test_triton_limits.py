@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from _support import Shape, assert_close, assert_same_bits, gradients, make_params, set_grads, snapshot
 from _triton import DEVICE, OPTIONS, EagerAdamW, both, needs_triton, params_of, scalars_as_bounds  # noqa: F401
 from lorapre.backends import triton as backend
+from lorapre.backends.batches import Bucket
 from lorapre.backends.triton import table
 from lorapre.backends.triton.layout import COLUMNS, Layouts, Matrices, P, Q, W
+from lorapre.routing import MatrixView
 
 pytestmark = needs_triton
 PAIR: tuple[Shape, ...] = ((17, 33), (17, 33))
@@ -166,6 +168,9 @@ def test_what_the_kernels_cannot_do_is_said_in_words(device: torch.device) -> No
     assert "exp_avg_sq" in str(reason(second_moment="full"))
     assert "residual_gain=0.0" in str(reason(residual_gain=0.0))
     assert "513" in str(reason((514, 515), rank=513))
+    big = [torch.empty(70_000, 40_000, device="meta")]
+    bucket = Bucket(MatrixView(1, 70_000, 40_000, 4, stacked=False), big, big, {"m_B": big}, 1.0, maximize=False)
+    assert "too large for offsets of 32 bits" in str(backend._unsupported_tensor(bucket))
 
 
 def test_strides_that_are_no_matrix_s_are_refused_and_the_step_raises(device: torch.device) -> None:
@@ -232,7 +237,7 @@ def build(kernel, target, blocks=None, **constants):
         if name == "enabled": types[name] = "*u8"
         if name in constants: types[name] = "constexpr"
     source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()})
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages} if blocks else {}
+    options = table.launch(blocks) if blocks else {}
     return compile(source, target=target, options=options)
 
 for target, rank, kind, narrow, precision in (
@@ -245,7 +250,8 @@ for target, rank, kind, narrow, precision in (
     build(elements.carry, target, BLOCK=table.ELEMENTS, **R)
     build(elements.gathered, target, BLOCK=table.ELEMENTS, **R)
     if rank <= table.REGISTER_RANK:
-        build(bases.inverse_cholesky, target, BLOCK=whole, FIRST=False, LAST=True, **R)
+        build(bases.inverse_cholesky, target, BLOCK=whole, FIRST=False, LAST=True,
+              PART_OF_BLOCK=16, PRECISION=precision, **R)
     shared = dict(R, CHUNK=chunk, RIGHT_SIDE=True, X_IN_STATE=not narrow, Y_IN_STATE=not narrow, PRECISION=precision)
     block = table.product_blocks(rank)
     build(bases.product, target, block, BLOCK_R=block.rank, BLOCK=block.rows, PARTS=2, SCALE=True, **shared)

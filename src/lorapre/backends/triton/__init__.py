@@ -19,6 +19,9 @@ __all__ = ["Layouts", "cohorts", "lorapre_adamw", "supports"]
 
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
+#: Between two numbers of a matrix, a tile beyond its end included.
+_LARGEST_OFFSET = 2**31 - 2**24
+
 #: Of the residual: m_B is found again from what took its place, divided by it (`elements.carry`).
 _LEAST_GAIN = 1e-3
 
@@ -85,9 +88,13 @@ def _unsupported_tensor(bucket: Bucket) -> str | None:
         return "a state of several dtypes"
     if any(not tensor.is_contiguous() for tensors in bucket.state.values() for tensor in tensors):
         return "a state that is not contiguous"
+    view = bucket.view
     for what, tensors in (("weights", params), ("gradients", grads)):
-        if place_of(tensors, bucket.view) is None:
-            return f"{what} whose strides differ, or are not those of {bucket.view.p} x {bucket.view.q} matrices"
+        place = place_of(tensors, view)
+        if place is None:
+            return f"{what} whose strides differ, or are not those of {view.p} x {view.q} matrices"
+        if view.p * place.row + view.q * place.col > _LARGEST_OFFSET:
+            return f"{what} of {view.p} x {view.q}, a matrix too large for offsets of 32 bits"
     return None
 
 

@@ -109,7 +109,7 @@ class _Step:
         self.L = self.U if self.L_in_state else self._empty(right)
         self.row_sums = self._empty(sum(p))
         self.sizes = self._empty(self.n)
-        self.T, self.triangles = self._squares(self.n), self._squares(self.n)
+        self.T, self.triangles, self.uppers = (self._squares(self.n) for _ in range(3))
         self.project_rows = self._work(p, self.blocks.rows)
         self.project_parts = math.ceil(self.r / self.blocks.rank)
         self.parts = self._empty(self.project_rows.tiles * self.project_parts * elements.PART.value)
@@ -164,8 +164,7 @@ class _Step:
                 ALIGNED=aligned,
                 BF16=self._narrow,
                 PRECISION=table.PRECISION["project"],
-                num_warps=block.warps,
-                num_stages=block.stages,
+                **table.launch(block),
             )
 
     def _left_basis(self) -> tuple[Work, Tensor]:
@@ -243,8 +242,7 @@ class _Step:
                 BF16=self._narrow,
                 MOMENTUM_PRECISION=table.PRECISION["momentum"],
                 LEFT_PRECISION=table.PRECISION["left"],
-                num_warps=block.warps,
-                num_stages=block.stages,
+                **table.launch(block),
             )
 
     def _finish(self) -> None:
@@ -269,7 +267,7 @@ class _Step:
             OUT=block.cols,
             L_IN_STATE=self.L_in_state,
             PRECISION=table.PRECISION["bases"],
-            num_warps=block.warps,
+            **table.launch(block),
         )
 
     @cached_property
@@ -320,7 +318,7 @@ class _Side:
             PARTS=step.project_parts,
             Y_IN_STATE=step.X_in_state if with_X else self.in_state,
             SCALE=scale,
-            num_warps=block.warps,
+            **table.launch(block),
             **self._common,
         )
         return products
@@ -339,12 +337,15 @@ class _Side:
             step.sizes,
             step.T,
             step.triangles,
+            step.uppers,
             shift,
             R=step.r,
             BLOCK=block,
+            PART_OF_BLOCK=min(block, 32),
             FIRST=number == 0,
             LAST=last,
-            num_warps=8 if block > 64 else 4,
+            PRECISION=table.PRECISION["bases"],
+            num_warps=16 if block > 64 else 8 if block > 32 else 4,
         )
 
     def _decompose_in_torch(self, products: Tensor, number: int, shift: float) -> None:
@@ -401,7 +402,7 @@ class _Side:
             SCALE=number == 0,
             GRAM=gram and fused,
             CARRY=carry and fused,
-            num_warps=block.warps,
+            **table.launch(block),
             **self._common,
         )
         if fused:

@@ -40,12 +40,12 @@ _TINY = tl.constexpr(2.0**-63)
 def factor(matrices, matrix, scratch, rows, ranks, R: tl.constexpr, RIGHT_SIDE: tl.constexpr, IN_STATE: tl.constexpr):
     """Addresses of rows x ranks of a factor: row i, rank k."""
     if RIGHT_SIDE:
-        q = field(matrices, matrix, Q)
+        q = size_of(matrices, matrix, Q)
         base = place_in(scratch, matrices, matrix, RIGHT, A, IN_STATE)
-        addresses = base + (rows.to(tl.int64)[:, None] + ranks.to(tl.int64)[None, :] * q)
+        addresses = base + (rows[:, None] + ranks[None, :] * q)
     else:
         base = place_in(scratch, matrices, matrix, LEFT, B, IN_STATE)
-        addresses = base + (rows.to(tl.int64)[:, None] * R + ranks[None, :])
+        addresses = base + (rows[:, None] * R + ranks[None, :])
     return addresses
 
 
@@ -118,16 +118,20 @@ def inverse_cholesky(
     sizes,
     T,
     triangles,
+    uppers,
     shift,
     R: tl.constexpr,
     BLOCK: tl.constexpr,
+    PART_OF_BLOCK: tl.constexpr,
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """T (n, R, R) such that X T has orthonormal columns, from the chunks of X^T X; one matrix a program, in registers.
 
     The columns are scaled to length 1 and ``shift`` is added to the diagonal first. LAST leaves a matrix that has no
     decomposition as it is. ``triangles`` becomes the factor of what the first pass was given: it is Q times this.
+    ``uppers`` (n, R, R) is scratch.
     """
     matrix = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
@@ -160,22 +164,31 @@ def inverse_cholesky(
         below = tl.where(i > k, column, 0.0)
         lower = tl.where(at[None, :], column[:, None], lower)
         inverse = tl.where(at[:, None], row[None, :], inverse - below[:, None] * row[None, :])
-    upper = tl.trans(lower) * tl.where(length > _TINY, length, 0.0)[None, :]
+    # Of the triangle L^T D, for which it is written transposed.
+    lower = lower * tl.where(length > _TINY, length, 0.0)[:, None]
     result = inverse * scale[None, :]
     if LAST:
         result = tl.where(works != 0, result, tl.where(diagonal, 1.0, 0.0))
-        upper = tl.where(works != 0, upper, tl.where(diagonal, 1.0, 0.0))
+        lower = tl.where(works != 0, lower, tl.where(diagonal, 1.0, 0.0))
+    tl.store(T + matrix * R * R + cols * R + rows, result, mask=inside)
     here = triangles + matrix * R * R + rows * R + cols
     if FIRST:
         size = tl.load(sizes + matrix)
-        size = tl.where(size > 0, size, 1.0)
-        upper = upper * size  # by which `apply` divides what it is given
+        size = tl.where(size > 0, size, 1.0)  # by which `apply` divides what it is given
+        tl.store(triangles + matrix * R * R + cols * R + rows, lower * size, mask=inside)
     else:
-        before = tl.load(here, mask=inside, other=0.0)
-        upper = tl.dot(upper, before, input_precision="ieee")
+        upper = uppers + matrix * R * R
+        before = triangles + matrix * R * R
+        tl.store(upper + cols * R + rows, lower, mask=inside)
         tl.debug_barrier()
-    tl.store(here, upper, mask=inside)
-    tl.store(T + matrix * R * R + cols * R + rows, result, mask=inside)
+        total = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for start in range(0, BLOCK, PART_OF_BLOCK):
+            inner = start + tl.arange(0, PART_OF_BLOCK)
+            u = tl.load(upper + (rows * R + inner[None, :]), mask=(rows < R) & (inner < R)[None, :], other=0.0)
+            t = tl.load(before + (inner[:, None] * R + cols), mask=(inner < R)[:, None] & (cols < R), other=0.0)
+            total = tl.dot(u, t, total, input_precision=PRECISION)
+        tl.debug_barrier()
+        tl.store(here, total, mask=inside)
 
 
 @triton.jit
@@ -274,9 +287,9 @@ def finish(
     item = tl.where(left, left_items + (pid - right_programs) * 2, right_items + pid * 2)
     matrix = tl.load(item).to(tl.int64)
     tile = tl.load(item + 1)
-    p = field(matrices, matrix, P)
-    q = field(matrices, matrix, Q)
-    on = (tl.load(coefficients + matrix * WIDTH + ON) != 0).to(tl.int64)
+    p = size_of(matrices, matrix, P)
+    q = size_of(matrices, matrix, Q)
+    on = (tl.load(coefficients + matrix * WIDTH + ON) != 0).to(tl.int32)
     rows = tile * BLOCK + tl.arange(0, BLOCK)
     ranks = tl.arange(0, BLOCK_R)
     length = tl.where(left, p, q)
@@ -290,7 +303,7 @@ def finish(
     out_stride = tl.where(left, R, 1)
     lines = (rows < length)[:, None]
     x = tl.load(
-        source + (rows.to(tl.int64)[:, None] * row_stride + ranks.to(tl.int64)[None, :] * rank_stride),
+        source + (rows[:, None] * row_stride + ranks[None, :] * rank_stride),
         mask=lines & (ranks < R)[None, :],
         other=0.0,
     )
@@ -303,7 +316,7 @@ def finish(
         )
         new = tl.dot(x, t, input_precision=PRECISION)
         tl.store(
-            target + (rows.to(tl.int64)[:, None] * row_stride + out.to(tl.int64)[None, :] * rank_stride),
+            target + (rows[:, None] * row_stride + out[None, :] * rank_stride),
             nearest(new, S_TYPE),
             mask=(rows < length * on)[:, None] & (out < R)[None, :],
         )

@@ -1,7 +1,8 @@
 """The two passes over the gradients, of matrices of any shapes. One matrix is (p, q) of rank R.
 
 G and W are found through `lorapre.backends.triton.layout`'s table. Grids are flat: the rank block is the fastest index,
-behind it the list of work. Offsets within a matrix are int64. No sum is atomic: a rerun gives the same bits.
+behind it the list of work. Offsets within a matrix are int32, as `supports` sees to. No sum is atomic: a
+rerun gives the same bits.
 """
 
 # Triton's decorators and types are untyped where they are not missing (other platforms than Linux).
@@ -59,7 +60,7 @@ CLOSING = tl.constexpr(8 * 2.0**-23)
 @triton.jit
 def tile_of(base, rows, cols, row_stride, col_stride, ALIGNED: tl.constexpr):
     """Addresses of rows x cols. ALIGNED: 1 where runs along a row start at multiples of 16 bytes, 2 along a column."""
-    addresses = base + (rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride)
+    addresses = base + (rows[:, None] * row_stride + cols[None, :] * col_stride)
     # Without the hint a base address that was read from memory keeps every access scalar.
     if ALIGNED == 1:
         addresses = tl.multiple_of(addresses, (1, 16))
@@ -107,8 +108,8 @@ def project(
     tile = tl.load(items + item * 2 + 1)
     p = size_of(matrices, matrix, P)
     q = size_of(matrices, matrix, Q)
-    row_stride = field(matrices, matrix, G_ROW)
-    col_stride = field(matrices, matrix, G_COL)
+    row_stride = size_of(matrices, matrix, G_ROW)
+    col_stride = size_of(matrices, matrix, G_COL)
     rows = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     ranks = r_block * BLOCK_R + tl.arange(0, BLOCK_R)
     row = coefficients + matrix * WIDTH
@@ -134,7 +135,7 @@ def project(
         addresses = tile_of(base, rows, cols, row_stride, col_stride, ALIGNED)
         g = tl.load(addresses, mask=(rows < live)[:, None] & (cols < q)[None, :], other=0.0)
         a = tl.load(
-            A_base + ranks.to(tl.int64)[:, None] * q + cols[None, :],
+            A_base + (ranks[:, None] * q + cols[None, :]),
             mask=(ranks < R)[:, None] & (cols < q)[None, :],
             other=0.0,
         ).to(tl.float32)
@@ -151,7 +152,7 @@ def project(
             v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
             v_hat = (v_row[:, None] * v_col[None, :] + (1.0 - beta2) * square) * v_scale
             surprise += tl.where(v_hat > 0, square / tl.where(v_hat > 0, v_hat, 1.0), 0.0)
-    at = rows.to(tl.int64)[:, None] * R + ranks[None, :]
+    at = rows[:, None] * R + ranks[None, :]
     inside = (rows < p)[:, None] & (ranks < R)[None, :]
     b = tl.load(B_base + at, mask=inside, other=0.0).to(tl.float32)
     k = decay * b + gain * total
@@ -222,10 +223,10 @@ def update(
     tile = tl.load(items + item * 2 + 1)
     p = size_of(matrices, matrix, P)
     q = size_of(matrices, matrix, Q)
-    W_row_stride = field(matrices, matrix, W_ROW)
-    W_col_stride = field(matrices, matrix, W_COL)
-    G_row_stride = field(matrices, matrix, G_ROW)
-    G_col_stride = field(matrices, matrix, G_COL)
+    W_row_stride = size_of(matrices, matrix, W_ROW)
+    W_col_stride = size_of(matrices, matrix, W_COL)
+    G_row_stride = size_of(matrices, matrix, G_ROW)
+    G_col_stride = size_of(matrices, matrix, G_COL)
     cols = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     ranks = r_block * BLOCK_R + tl.arange(0, BLOCK_R)
     row = coefficients + matrix * WIDTH
@@ -258,23 +259,23 @@ def update(
 
     if R_BLOCKS == 1:  # the loop below stores, so that the compiler would read it again in every turn
         whole = tl.load(
-            A_base + ranks.to(tl.int64)[:, None] * q + cols[None, :],
+            A_base + (ranks[:, None] * q + cols[None, :]),
             mask=(ranks < R)[:, None] & (cols < q)[None, :],
             other=0.0,
         ).to(tl.float32)
 
     left = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
-    squares = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+    squares = tl.zeros((BLOCK_Q,), tl.float32)
     for start in range(0, p, BLOCK_P):
         rows = start + tl.arange(0, BLOCK_P)
-        lines = rows.to(tl.int64)[:, None] * R
+        lines = rows[:, None] * R
         inside = (rows < live)[:, None] & (cols < q)[None, :]
         raw = tl.load(tile_of(G_base, rows, cols, G_row_stride, G_col_stride, G_ALIGNED), mask=inside, other=0.0)
         if NEGATE:
             raw = -raw
         g = raw.to(tl.float32)
         square = g * g
-        squares += square
+        squares += tl.sum(square, axis=0)
         u = tl.load(U_base + lines + ranks[None, :], mask=(rows < p)[:, None] & (ranks < R)[None, :], other=0.0)
         if BF16:
             left = tl.dot(tl.trans(u.to(tl.bfloat16)), raw, left)
@@ -287,7 +288,7 @@ def update(
                 x = tl.load(X_base + lines + r[None, :], mask=(rows < p)[:, None] & (r < R)[None, :], other=0.0)
                 if R_BLOCKS > 1:
                     a = tl.load(
-                        A_base + r.to(tl.int64)[:, None] * q + cols[None, :],
+                        A_base + (r[:, None] * q + cols[None, :]),
                         mask=(r < R)[:, None] & (cols < q)[None, :],
                         other=0.0,
                     ).to(tl.float32)
@@ -310,7 +311,7 @@ def update(
             w = tl.load(W_addresses, mask=inside, other=0.0).to(tl.float32)
             w = w * decay - rate * direction
             if STOCHASTIC:
-                element = (rows.to(tl.int64)[:, None] * q + cols[None, :]).to(tl.uint32)
+                element = (rows[:, None] * q + cols[None, :]).to(tl.uint32)
                 zero = element * 0
                 counter = zero + tl.load(row + STEP).to(tl.uint32)
                 number = zero + field(matrices, matrix, NUMBER).to(tl.uint32)
@@ -330,7 +331,7 @@ def update(
         c = tl.load(C_base + ranks[:, None] * R + r[None, :], mask=(ranks < R)[:, None] & (r < R)[None, :], other=0.0)
         if R_BLOCKS > 1:
             a = tl.load(
-                A_base + r.to(tl.int64)[:, None] * q + cols[None, :],
+                A_base + (r[:, None] * q + cols[None, :]),
                 mask=(r < R)[:, None] & (cols < q)[None, :],
                 other=0.0,
             ).to(tl.float32)
@@ -346,12 +347,12 @@ def update(
     size_of_row = tl.sqrt((tl.sum(size, axis=0) + gain * gain * squared) / R)
     share = tl.where(size_of_row > 0, CLOSING * size_of_row, 1.0)
     new = carried + gain * left + share * old
-    column = ranks.to(tl.int64)[:, None] * q + cols[None, :]
+    column = ranks[:, None] * q + cols[None, :]
     L_base = place_in(L, matrices, matrix, RIGHT, A, L_IN_STATE)
     ranked = (ranks < R * (on if L_IN_STATE else 1))[:, None]
     tl.store(L_base + column, new, mask=ranked & (cols < q)[None, :])
     first_of_ranks = (r_block == 0).to(tl.int32)
-    average = v_col + (1.0 - beta2) * (tl.sum(squares, axis=0) / p - v_col)
+    average = v_col + (1.0 - beta2) * (squares / p - v_col)
     tl.store(col_base + cols, nearest(average, S_TYPE), mask=cols < q * first_of_ranks * on)
     if tile == 0:
         tl.store(sizes + matrix, size_of_row)

@@ -7,7 +7,8 @@ every launch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -42,13 +43,18 @@ LEAST_SCRATCH = 2**26
 
 @dataclass(frozen=True)
 class Blocks:
-    """The tile of one kernel: ``rows`` x ``cols`` of G, ``rank`` columns of a left factor at once."""
+    """The tile of one kernel: ``rows`` x ``cols`` of G, ``rank`` columns of a left factor at once.
+
+    ``registers`` is the most that a thread may have, so that more programs share a processor; None is the compiler's
+    choice.
+    """
 
     rows: int
     cols: int
     rank: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 # Rows are (largest rank, bytes of a number of G or W, blocks), the first that fits counts. ``rank`` 0 is the whole
@@ -77,8 +83,16 @@ def blocks(table: tuple[tuple[int, int, Blocks], ...], rank: int, itemsize: int)
     for largest, size, found in table:
         if rank <= largest and itemsize <= size:
             whole = padded(rank)
-            return Blocks(found.rows, found.cols, min(found.rank or whole, whole), found.warps, found.stages)
+            return replace(found, rank=min(found.rank or whole, whole))
     raise ValueError(f"no block sizes for rank {rank} and numbers of {itemsize} bytes")
+
+
+def launch(block: Blocks) -> dict[str, Any]:
+    """How a kernel with this tile is launched, in Triton's words."""
+    options: dict[str, Any] = {"num_warps": block.warps, "num_stages": block.stages}
+    if block.registers is not None and torch.version.hip is None:  # AMD's compiler has no such option
+        options["maxnreg"] = block.registers
+    return options
 
 
 def padded(rank: int) -> int:
@@ -100,7 +114,7 @@ def product_blocks(rank: int) -> Blocks:
 def apply_blocks(rank: int) -> Blocks:
     """Rows at once, and ``cols`` ranks of the result at once, of a factor times an (r, r) matrix."""
     whole = padded(rank)
-    return Blocks(64 if whole < 128 else 32, whole if rank <= REGISTER_RANK else 32, whole, 8 if whole > 64 else 4, 1)
+    return Blocks(64 if whole < 128 else 32, whole if rank <= REGISTER_RANK else 32, whole, 8 if whole > 32 else 4, 1)
 
 
 def finish_blocks(rank: int) -> Blocks:
@@ -118,7 +132,7 @@ def scratch_bytes(view: MatrixView, state_dtype: torch.dtype) -> int:
     elif r > max(blocks.rank for _, _, blocks in UPDATE):
         factors += q * r
     chunk = chunk_rows(r)
-    squares = 3 + max(1, math.ceil(max(p, q) / chunk))
+    squares = 4 + max(1, math.ceil(max(p, q) / chunk))
     return 4 * view.batch * (factors + squares * r * r + p)
 
 
