@@ -263,13 +263,13 @@ for target, rank, kind, narrow, precision in (
           L_IN_STATE=not narrow, PRECISION=precision, **R)
     block = table.blocks(table.PROJECT, rank, size)
     tile = dict(R, BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=True, CLIP=True, BF16=narrow)
-    build(kernels.project, target, block, G_TYPE=kind, S_TYPE=kind, IN_STATE=not narrow, ALIGNED=1,
+    build(kernels.project, target, block, G_TYPE=kind, S_TYPE=kind, IN_STATE=not narrow, ORDER=1,
           PRECISION=precision, **tile)
     block = table.blocks(table.UPDATE, rank, size)
     tile |= dict(BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols)
     made = build(kernels.update, target, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, PARTS=3, RELATIVE=True,
-                 BOUNDED=True, STOCHASTIC=narrow, ROUNDS=7, X_IN_STATE=True, L_IN_STATE=not narrow, W_ALIGNED=1,
-                 G_ALIGNED=2, MOMENTUM_PRECISION=precision, LEFT_PRECISION=precision, **tile)
+                 BOUNDED=True, STOCHASTIC=narrow, ROUNDS=7, X_IN_STATE=True, L_IN_STATE=not narrow, W_ORDER=1,
+                 G_ORDER=2, MOMENTUM_PRECISION=precision, LEFT_PRECISION=precision, **tile)
     print(*sorted(made.asm.keys() & {"cubin", "hsaco"}), made.metadata.shared <= 227 * 1024)
 """
 

@@ -103,10 +103,9 @@ class _Step:
         self.X_in_state = self.S_dtype == torch.float32
         self.L_in_state = self.X_in_state and self.update_blocks.rank >= self.r
         p, q = self.matrices.p, self.matrices.q
-        left, right = sum(p) * self.r, sum(q) * self.r
-        self.U = self._empty(left)
-        self.X = self.U if self.X_in_state else self._empty(left)
-        self.L = self.U if self.L_in_state else self._empty(right)
+        self.U = self._empty(self.matrices.left)
+        self.X = self.U if self.X_in_state else self._empty(self.matrices.left)
+        self.L = self.U if self.L_in_state else self._empty(self.matrices.right)
         self.row_sums = self._empty(sum(p))
         self.sizes = self._empty(self.n)
         self.T, self.triangles, self.uppers = (self._squares(self.n) for _ in range(3))
@@ -131,7 +130,7 @@ class _Step:
         return self.layouts.work(sizes, block, self.device, chosen)
 
     def _kinds(self, sizes: tuple[int, ...], block: int) -> Iterator[tuple[tuple[int, int], Work]]:
-        """The work of a pass, apart for each alignment of W and G."""
+        """The work of a pass, apart for each order of W and of G."""
         kinds = sorted(set(self.matrices.kinds))
         for kind in kinds:
             chosen = tuple(one == kind for one in self.matrices.kinds) if len(kinds) > 1 else ()
@@ -139,7 +138,7 @@ class _Step:
 
     def _project(self) -> None:
         block, hyper = self.blocks, self.hyper
-        for (_, aligned), work in self._kinds(self.matrices.p, block.rows):
+        for (_, order), work in self._kinds(self.matrices.p, block.rows):
             kernels.project[(work.programs * self.project_parts,)](
                 self.matrices.table,
                 work.items,
@@ -161,7 +160,7 @@ class _Step:
                 NEGATE=self.maximize,
                 CLIP=hyper.update_clipping,
                 IN_STATE=self.X_in_state,
-                ALIGNED=aligned,
+                ORDER=order,
                 BF16=self._narrow,
                 PRECISION=table.PRECISION["project"],
                 **table.launch(block),
@@ -204,7 +203,7 @@ class _Step:
     def _update(self, C: Tensor) -> None:
         block, hyper = self.update_blocks, self.hyper
         ranks = math.ceil(self.r / block.rank)
-        for (W_aligned, G_aligned), work in self._kinds(self.matrices.q, block.cols):
+        for (W_order, G_order), work in self._kinds(self.matrices.q, block.cols):
             kernels.update[(work.programs * ranks,)](
                 self.matrices.table,
                 work.items,
@@ -237,8 +236,8 @@ class _Step:
                 ROUNDS=table.PHILOX_ROUNDS,
                 X_IN_STATE=self.X_in_state,
                 L_IN_STATE=self.L_in_state,
-                W_ALIGNED=W_aligned,
-                G_ALIGNED=G_aligned,
+                W_ORDER=W_order,
+                G_ORDER=G_order,
                 BF16=self._narrow,
                 MOMENTUM_PRECISION=table.PRECISION["momentum"],
                 LEFT_PRECISION=table.PRECISION["left"],

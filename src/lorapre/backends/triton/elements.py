@@ -61,17 +61,29 @@ def size_of(matrices, matrix, column):
 
 
 @triton.jit
-def base_of(matrices, matrix, column, dtype: tl.constexpr):
-    return field(matrices, matrix, column).to(tl.pointer_type(dtype))
+def base_of(matrices, matrix, column, dtype: tl.constexpr, ALIGNED: tl.constexpr = False):
+    """ALIGNED: it is a multiple of 16 bytes."""
+    base = field(matrices, matrix, column).to(tl.pointer_type(dtype))
+    if ALIGNED:
+        base = tl.multiple_of(base, 16)
+    return base
 
 
 @triton.jit
-def place_in(scratch, matrices, matrix, scratch_column, state_column, IN_STATE: tl.constexpr):
-    """Where a float32 factor of a matrix is: in its state, or in scratch."""
+def place_in(
+    scratch,
+    matrices,
+    matrix,
+    scratch_column,
+    state_column,
+    IN_STATE: tl.constexpr,
+    ALIGNED: tl.constexpr = False,
+):
+    """Where a float32 factor of a matrix is: in its state, ALIGNED or not, or in scratch."""
     if IN_STATE:
-        base = base_of(matrices, matrix, state_column, tl.float32)
+        base = base_of(matrices, matrix, state_column, tl.float32, ALIGNED)
     else:
-        base = scratch + field(matrices, matrix, scratch_column)
+        base = scratch + field(matrices, matrix, scratch_column) // 16 * 16
     return base
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lorapre.backends.triton import layout
 from lorapre.backends.triton.elements import (
     CROSS,
     DECAY,
@@ -51,21 +52,39 @@ from lorapre.backends.triton.elements import (
     sum_of_parts,
 )
 
+ROWS_ALIGNED = tl.constexpr(layout.ROWS_ALIGNED)
+COLUMNS_ALIGNED = tl.constexpr(layout.COLUMNS_ALIGNED)
+IN_ROWS = tl.constexpr(layout.IN_ROWS)
+IN_COLUMNS = tl.constexpr(layout.IN_COLUMNS)
+
 #: Smallest normal float32, what `torch.finfo` calls tiny.
 TINY = tl.constexpr(2.0**-126)
 #: Of the old basis in the new one, in units of the size of what it closes: float32's rounding.
 CLOSING = tl.constexpr(8 * 2.0**-23)
 
 
+# Two hints decide how wide the memory is read: which numbers are neighbours, and that masks are uniform over them. The
+# compiler forgets a `tl.multiple_of` on an argument of a function when it is inlined, and so lengths are rounded down to
+# what they are multiples of anyway.
+
+
 @triton.jit
-def tile_of(base, rows, cols, row_stride, col_stride, ALIGNED: tl.constexpr):
-    """Addresses of rows x cols. ALIGNED: 1 where runs along a row start at multiples of 16 bytes, 2 along a column."""
-    addresses = base + (rows[:, None] * row_stride + cols[None, :] * col_stride)
-    # Without the hint a base address that was read from memory keeps every access scalar.
-    if ALIGNED == 1:
-        addresses = tl.multiple_of(addresses, (1, 16))
-    elif ALIGNED == 2:
-        addresses = tl.multiple_of(addresses, (16, 1))
+def whole(size, ORDER: tl.constexpr, ALIGNED: tl.constexpr):
+    """``size`` as a visible multiple of 8 where ORDER is ALIGNED."""
+    if ORDER == ALIGNED:
+        size = size // 8 * 8
+    return size
+
+
+@triton.jit
+def tile_of(base, rows, cols, row_stride, col_stride, ORDER: tl.constexpr):
+    """Addresses of rows x cols."""
+    if (ORDER == ROWS_ALIGNED) | (ORDER == IN_ROWS):
+        addresses = base + (rows[:, None] * whole(row_stride, ORDER, ROWS_ALIGNED) + cols[None, :])
+    elif (ORDER == COLUMNS_ALIGNED) | (ORDER == IN_COLUMNS):
+        addresses = base + (rows[:, None] + cols[None, :] * whole(col_stride, ORDER, COLUMNS_ALIGNED))
+    else:
+        addresses = base + (rows[:, None] * row_stride + cols[None, :] * col_stride)
     return addresses
 
 
@@ -91,7 +110,7 @@ def project(
     NEGATE: tl.constexpr,
     CLIP: tl.constexpr,
     IN_STATE: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ORDER: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -101,13 +120,14 @@ def project(
     X takes the place of m_B where IN_STATE.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    ALIGNED: tl.constexpr = (ORDER == ROWS_ALIGNED) | (ORDER == COLUMNS_ALIGNED)
     pid = tl.program_id(0)
     item = pid // R_BLOCKS
     r_block = pid % R_BLOCKS
     matrix = tl.load(items + item * 2).to(tl.int64)
     tile = tl.load(items + item * 2 + 1)
-    p = size_of(matrices, matrix, P)
-    q = size_of(matrices, matrix, Q)
+    p = whole(size_of(matrices, matrix, P), ORDER, COLUMNS_ALIGNED)
+    q = whole(size_of(matrices, matrix, Q), ORDER, ROWS_ALIGNED)
     row_stride = size_of(matrices, matrix, G_ROW)
     col_stride = size_of(matrices, matrix, G_COL)
     rows = tile * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -116,12 +136,12 @@ def project(
     # Where the step is not enabled the gradients may be nan, and none is read.
     on = (tl.load(row + ON) != 0).to(tl.int32)
     live = p * on
-    base = base_of(matrices, matrix, G, G_TYPE)
-    A_base = base_of(matrices, matrix, A, S_TYPE)
-    B_base = base_of(matrices, matrix, B, S_TYPE)
+    base = base_of(matrices, matrix, G, G_TYPE, ALIGNED)
+    A_base = base_of(matrices, matrix, A, S_TYPE, ALIGNED)
+    B_base = base_of(matrices, matrix, B, S_TYPE, ALIGNED)
     if CLIP:
         row_base = base_of(matrices, matrix, V_ROW, S_TYPE)
-        col_base = base_of(matrices, matrix, V_COL, S_TYPE)
+        col_base = base_of(matrices, matrix, V_COL, S_TYPE, ALIGNED)
         mean = mean_of(row_base, p, 512)
         mean = tl.where(mean > 0, mean, 1.0)
         v_row = tl.load(row_base + rows, mask=rows < p, other=0.0).to(tl.float32) / mean * beta2
@@ -132,7 +152,7 @@ def project(
     surprise = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
     for start in range(0, q, BLOCK_Q):
         cols = start + tl.arange(0, BLOCK_Q)
-        addresses = tile_of(base, rows, cols, row_stride, col_stride, ALIGNED)
+        addresses = tile_of(base, rows, cols, row_stride, col_stride, ORDER)
         g = tl.load(addresses, mask=(rows < live)[:, None] & (cols < q)[None, :], other=0.0)
         a = tl.load(
             A_base + (ranks[:, None] * q + cols[None, :]),
@@ -156,11 +176,11 @@ def project(
     inside = (rows < p)[:, None] & (ranks < R)[None, :]
     b = tl.load(B_base + at, mask=inside, other=0.0).to(tl.float32)
     k = decay * b + gain * total
-    left = field(matrices, matrix, LEFT)
+    left = field(matrices, matrix, LEFT) // 16 * 16
     tl.store(U + left + at, k, mask=inside)
     x = tl.load(row + KEEP) * b + tl.load(row + CROSS) * total
     if IN_STATE:
-        tl.store(base_of(matrices, matrix, B, tl.float32) + at, x, mask=(rows < live)[:, None] & (ranks < R)[None, :])
+        tl.store(base_of(matrices, matrix, B, tl.float32, ALIGNED) + at, x, mask=(rows < live)[:, None] & (ranks < R)[None, :])
     else:
         tl.store(X + left + at, x, mask=inside)
     first_of_ranks = (r_block == 0).to(tl.int32)
@@ -204,8 +224,8 @@ def update(
     ROUNDS: tl.constexpr,
     X_IN_STATE: tl.constexpr,
     L_IN_STATE: tl.constexpr,
-    W_ALIGNED: tl.constexpr,
-    G_ALIGNED: tl.constexpr,
+    W_ORDER: tl.constexpr,
+    G_ORDER: tl.constexpr,
     BF16: tl.constexpr,
     MOMENTUM_PRECISION: tl.constexpr,
     LEFT_PRECISION: tl.constexpr,
@@ -216,13 +236,14 @@ def update(
     of L, at most, by which L is closed with a share of the old basis.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    ALIGNED: tl.constexpr = (G_ORDER == ROWS_ALIGNED) | (G_ORDER == COLUMNS_ALIGNED)
     pid = tl.program_id(0)
     item = pid // R_BLOCKS
     r_block = pid % R_BLOCKS
     matrix = tl.load(items + item * 2).to(tl.int64)
     tile = tl.load(items + item * 2 + 1)
-    p = size_of(matrices, matrix, P)
-    q = size_of(matrices, matrix, Q)
+    p = whole(whole(size_of(matrices, matrix, P), G_ORDER, COLUMNS_ALIGNED), W_ORDER, COLUMNS_ALIGNED)
+    q = whole(whole(size_of(matrices, matrix, Q), G_ORDER, ROWS_ALIGNED), W_ORDER, ROWS_ALIGNED)
     W_row_stride = size_of(matrices, matrix, W_ROW)
     W_col_stride = size_of(matrices, matrix, W_COL)
     G_row_stride = size_of(matrices, matrix, G_ROW)
@@ -236,10 +257,10 @@ def update(
     v_scale = tl.load(row + V_SCALE)
     rate = tl.load(row + RATE)
     decay = tl.load(row + DECAY)
-    W_base = base_of(matrices, matrix, W, W_TYPE)
-    G_base = base_of(matrices, matrix, G, G_TYPE)
+    W_base = base_of(matrices, matrix, W, W_TYPE, (W_ORDER == ROWS_ALIGNED) | (W_ORDER == COLUMNS_ALIGNED))
+    G_base = base_of(matrices, matrix, G, G_TYPE, ALIGNED)
     v_row = base_of(matrices, matrix, V_ROW, S_TYPE)
-    col_base = base_of(matrices, matrix, V_COL, S_TYPE)
+    col_base = base_of(matrices, matrix, V_COL, S_TYPE, ALIGNED)
     v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
     mean = mean_of(v_row, p, 512)
     first_part = tl.load(starts + matrix)
@@ -253,9 +274,9 @@ def update(
         surprise = tl.sqrt(sum_of_parts(parts, first_part, last_part, 1, PARTS) / numel)
         rate = rate / tl.maximum(surprise, 1.0)
     mean = tl.where(mean > 0, mean, 1.0)
-    A_base = base_of(matrices, matrix, A, S_TYPE)
-    X_base = place_in(X, matrices, matrix, LEFT, B, X_IN_STATE)
-    U_base = U + field(matrices, matrix, LEFT)
+    A_base = base_of(matrices, matrix, A, S_TYPE, ALIGNED)
+    X_base = place_in(X, matrices, matrix, LEFT, B, X_IN_STATE, ALIGNED)
+    U_base = U + field(matrices, matrix, LEFT) // 16 * 16
 
     if R_BLOCKS == 1:  # the loop below stores, so that the compiler would read it again in every turn
         whole = tl.load(
@@ -270,7 +291,7 @@ def update(
         rows = start + tl.arange(0, BLOCK_P)
         lines = rows[:, None] * R
         inside = (rows < live)[:, None] & (cols < q)[None, :]
-        raw = tl.load(tile_of(G_base, rows, cols, G_row_stride, G_col_stride, G_ALIGNED), mask=inside, other=0.0)
+        raw = tl.load(tile_of(G_base, rows, cols, G_row_stride, G_col_stride, G_ORDER), mask=inside, other=0.0)
         if NEGATE:
             raw = -raw
         g = raw.to(tl.float32)
@@ -307,7 +328,7 @@ def update(
             direction = m / denominator
             if BOUNDED:
                 direction = tl.where(still, 0.0, tl.minimum(tl.maximum(direction, -limit), limit))
-            W_addresses = tile_of(W_base, rows, cols, W_row_stride, W_col_stride, W_ALIGNED)
+            W_addresses = tile_of(W_base, rows, cols, W_row_stride, W_col_stride, W_ORDER)
             w = tl.load(W_addresses, mask=inside, other=0.0).to(tl.float32)
             w = w * decay - rate * direction
             if STOCHASTIC:
@@ -348,7 +369,7 @@ def update(
     share = tl.where(size_of_row > 0, CLOSING * size_of_row, 1.0)
     new = carried + gain * left + share * old
     column = ranks[:, None] * q + cols[None, :]
-    L_base = place_in(L, matrices, matrix, RIGHT, A, L_IN_STATE)
+    L_base = place_in(L, matrices, matrix, RIGHT, A, L_IN_STATE, ALIGNED)
     ranked = (ranks < R * (on if L_IN_STATE else 1))[:, None]
     tl.store(L_base + column, new, mask=ranked & (cols < q)[None, :])
     first_of_ranks = (r_block == 0).to(tl.int32)

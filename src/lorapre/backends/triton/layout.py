@@ -25,6 +25,9 @@ T = TypeVar("T")
 (W, G, B, A, V_ROW, V_COL, P, Q, W_ROW, W_COL, G_ROW, G_COL, LEFT, RIGHT, ROWS, NUMBER, STREAM) = range(17)
 COLUMNS = 18
 
+#: Which numbers of a matrix are neighbours, and whether 16 bytes of them may be read at once; see `Place.order`.
+STRIDED, ROWS_ALIGNED, COLUMNS_ALIGNED, IN_ROWS, IN_COLUMNS = range(5)
+
 #: State in the order of its addresses in the table.
 STATE = ("m_B", "m_A", "v_row", "v_col")
 
@@ -37,13 +40,19 @@ class Place:
     row: int
     col: int
 
-    def alignment(self, itemsize: int, bases_aligned: bool) -> int:
-        """1 where every row of every matrix starts at a multiple of 16 bytes, 2 where every column does, else 0."""
-        if not bases_aligned:
-            return 0
+    def order(self, view: MatrixView, itemsize: int, bases_aligned: bool) -> int:
+        """What the kernels may take for granted: `ROWS_ALIGNED`, `COLUMNS_ALIGNED`, `IN_ROWS`, `IN_COLUMNS`, `STRIDED`.
+
+        Aligned are matrices whose every row, or column, starts at a multiple of 16 bytes and is as many 16 bytes long,
+        as are those of the state that go with it.
+        """
         if self.col == 1:
-            return 1 if self.row * itemsize % 16 == 0 else 0
-        return 2 if self.row == 1 and self.col * itemsize % 16 == 0 else 0
+            whole = bases_aligned and self.row * itemsize % 16 == 0 and view.q % 8 == 0
+            return ROWS_ALIGNED if whole else IN_ROWS
+        if self.row == 1:
+            whole = bases_aligned and self.col * itemsize % 16 == 0 and view.p % 8 == 0
+            return COLUMNS_ALIGNED if whole else IN_COLUMNS
+        return STRIDED
 
 
 def place_of(tensors: Sequence[Tensor], view: MatrixView) -> Place | None:
@@ -65,13 +74,17 @@ class Matrices:
         table: (n, COLUMNS), int64, on the device.
         p: of each matrix.
         q: of each matrix.
-        kinds: of each matrix, `Place.alignment` of its W and of its G: launches that read them differ by these.
+        kinds: of each matrix, `Place.order` of its W and of its G: launches that read them differ by these.
+        left: numbers of scratch for all left factors.
+        right: for all right ones.
     """
 
     table: Tensor
     p: tuple[int, ...]
     q: tuple[int, ...]
     kinds: tuple[tuple[int, int], ...]
+    left: int
+    right: int
 
     @property
     def n(self) -> int:
@@ -167,7 +180,10 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
             all((base + step * (view.batch > 1)) % 16 == 0 for base in bases)
             for bases, step in zip(lists, steps, strict=True)
         ]
-        kind = (places[0].alignment(sizes[0], aligned[0]), places[1].alignment(sizes[1], aligned[1]))
+        kind = (
+            places[0].order(view, sizes[0], aligned[0] and all(aligned[2:])),
+            places[1].order(view, sizes[1], aligned[1] and all(aligned[2:])),
+        )
         strides = [places[0].row, places[0].col, places[1].row, places[1].col]
         number = bucket.first
         for bases in zip(*lists, strict=True):
@@ -177,9 +193,16 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
                 stream = (p * 2_654_435_761 + q) % 2**31
                 rows.append([*where, p, q, *strides, left, right, before, number, stream, 0])
                 kinds.append(kind)
-                left, right, before, number = left + p * r, right + r * q, before + p, number + 1
+                left, right = left + _lines(p * r), right + _lines(r * q)
+                before, number = before + p, number + 1
     table = _sent(torch.tensor(rows, dtype=torch.int64), buckets[0].params[0].device)
-    return Matrices(table, tuple(row[P] for row in rows), tuple(row[Q] for row in rows), tuple(kinds))
+    sides = tuple(row[P] for row in rows), tuple(row[Q] for row in rows)
+    return Matrices(table, *sides, tuple(kinds), left, right)
+
+
+def _lines(numel: int) -> int:
+    """``numel`` up to a multiple of 16, where what begins behind it is aligned."""
+    return -(-numel // 16) * 16
 
 
 def _work(sizes: tuple[int, ...], block: int, device: torch.device, chosen: tuple[bool, ...]) -> Work:
