@@ -20,7 +20,7 @@ from _triton import DEVICE, OPTIONS, EagerAdamW, both, needs_triton, params_of, 
 from lorapre.backends import triton as backend
 from lorapre.backends.batches import Bucket
 from lorapre.backends.triton import table
-from lorapre.backends.triton.layout import COLUMNS, Layouts, Matrices, P, Q, W
+from lorapre.backends.triton.layout import COLUMNS, IN_ROWS, ROWS_ALIGNED, STATE, Layouts, Matrices, P, Q, W
 from lorapre.routing import MatrixView
 
 pytestmark = needs_triton
@@ -135,8 +135,9 @@ def test_work_lists_name_every_tile_once_and_the_chosen_ones_alone() -> None:
 
 
 def test_the_table_holds_addresses_sizes_and_strides_of_every_matrix() -> None:
-    optimizer, _ = both(((3, 17, 33), (20, 40)), torch.float32, torch.device("cpu"))
-    set_grads(params_of(optimizer), [torch.randn(3, 17, 33), torch.randn(20, 40)])
+    device = torch.device(DEVICE)
+    optimizer, _ = both(((3, 17, 33), (20, 40)), torch.float32, device)
+    set_grads(params_of(optimizer), [torch.randn(3, 17, 33, device=device), torch.randn(20, 40, device=device)])
     optimizer.step()
     stack, plain = params_of(optimizer)
     matrices = next(made for made in optimizer.layouts._made.values() if isinstance(made, Matrices))
@@ -145,7 +146,9 @@ def test_the_table_holds_addresses_sizes_and_strides_of_every_matrix() -> None:
     assert matrices.table[:, W + 1].tolist()[3] == plain.grad.data_ptr()  # type: ignore[union-attr]
     assert matrices.table[:, P].tolist() == list(matrices.p) == [17, 17, 17, 20]
     assert matrices.table[:, Q].tolist() == list(matrices.q) == [33, 33, 33, 40]
-    assert [kind[0] for kind in matrices.kinds] == [0, 0, 0, 1 if plain.data_ptr() % 16 == 0 else 0]
+    begins = [plain.data_ptr(), *(optimizer.state[plain][key].data_ptr() for key in STATE)]
+    whole = all(begin % 16 == 0 for begin in begins)
+    assert [kind[0] for kind in matrices.kinds] == [IN_ROWS] * 3 + [ROWS_ALIGNED if whole else IN_ROWS]
 
 
 def reason(shape: Shape = (17, 33), *, dtype: torch.dtype = torch.float32, **options: Any) -> str | None:
@@ -248,13 +251,12 @@ for target, rank, kind, narrow, precision in (
     R, whole, chunk = {"R": rank}, table.padded(rank), table.chunk_rows(rank)
     build(elements.fill, target, MASKED=True)
     build(elements.carry, target, BLOCK=table.ELEMENTS, **R)
-    build(elements.gathered, target, BLOCK=table.ELEMENTS, **R)
-    if rank <= table.REGISTER_RANK:
-        build(bases.inverse_cholesky, target, BLOCK=whole, FIRST=False, LAST=True,
-              PART_OF_BLOCK=16, PRECISION=precision, **R)
+    block = table.cholesky_blocks(rank)
+    build(bases.inverse_cholesky, target, block, WIDTH_OF_R=whole, BLOCK=block.rank, FIRST=False, LAST=True,
+          PRECISION=precision, **R)
     shared = dict(R, CHUNK=chunk, RIGHT_SIDE=True, X_IN_STATE=not narrow, Y_IN_STATE=not narrow, PRECISION=precision)
     block = table.product_blocks(rank)
-    build(bases.product, target, block, BLOCK_R=block.rank, BLOCK=block.rows, PARTS=2, SCALE=True, **shared)
+    build(bases.product, target, block, BLOCK_R=block.rank, BLOCK=block.rows, PARTS=2, SCALE=True, WITH_X=False, **shared)
     block = table.apply_blocks(rank)
     build(bases.apply, target, block, BLOCK_R=whole, BLOCK=block.rows, OUT=block.cols, SCALE=True,
           GRAM=not narrow, CARRY=False, **shared)

@@ -29,8 +29,8 @@ def step_buckets(buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts:
     """Two reads of G, one read and one write of W; besides them multiples of (p + q) r numbers a matrix.
 
     Launches, whatever the number of shapes: coefficients, pass 1, 7 for the left basis, what it carries over, pass 2,
-    6 for the right basis, the new state: 18. The two passes are launched once for each alignment of the rows. Beyond
-    `lorapre.backends.triton.table.REGISTER_RANK` torch decomposes the r x r matrices. With counters on the device the
+    6 for the right basis, the new state: 18. The two passes are launched once for each order of the numbers of W and G.
+    Beyond `lorapre.backends.triton.table.FUSED_RANK` there are 5 more. With counters on the device the
     coefficients are some 20 operations on n numbers instead of one launch. Buckets whose scratch is larger than
     `lorapre.backends.triton.table.scratch_limit` allows take turns.
 
@@ -108,7 +108,7 @@ class _Step:
         self.L = self.U if self.L_in_state else self._empty(self.matrices.right)
         self.row_sums = self._empty(sum(p))
         self.sizes = self._empty(self.n)
-        self.T, self.triangles, self.uppers = (self._squares(self.n) for _ in range(3))
+        self.T, self.triangles, self.lower = (self._squares(self.n) for _ in range(3))
         self.project_rows = self._work(p, self.blocks.rows)
         self.project_parts = math.ceil(self.r / self.blocks.rank)
         self.parts = self._empty(self.project_rows.tiles * self.project_parts * elements.PART.value)
@@ -296,9 +296,9 @@ class _Side:
 
     def first_products(self) -> Tensor:
         """X^T X of each chunk, of X divided by its size."""
-        return self._products(self.scratch, scale=True)
+        return self._products(scale=True)
 
-    def _products(self, other: Tensor, *, scale: bool = False, with_X: bool = False) -> Tensor:
+    def _products(self, *, scale: bool = False, with_X: bool = False) -> Tensor:
         step, products = self.step, self.step._squares(self.work.tiles)
         block = table.product_blocks(step.r)
         each = math.ceil(step.r / block.rank)
@@ -307,7 +307,7 @@ class _Side:
             self.work.items,
             self.work.starts,
             self.scratch,
-            other,
+            step.X,
             step.parts,
             step.project_rows.starts,
             step.sizes,
@@ -315,8 +315,9 @@ class _Side:
             BLOCK_R=block.rank,
             BLOCK=block.rows,
             PARTS=step.project_parts,
-            Y_IN_STATE=step.X_in_state if with_X else self.in_state,
+            Y_IN_STATE=step.X_in_state,
             SCALE=scale,
+            WITH_X=with_X,
             **table.launch(block),
             **self._common,
         )
@@ -325,56 +326,23 @@ class _Side:
     def decompose(self, products: Tensor, number: int) -> None:
         """``T`` and ``triangles`` of the step from the products of the chunks, in pass ``number``."""
         step, last = self.step, number == _PASSES - 1
-        shift = subspace.diagonal_shift(step.r, torch.float32, torch.float32, last=last)
-        if step.r > table.REGISTER_RANK:
-            self._decompose_in_torch(products, number, shift)
-            return
-        block = table.padded(step.r)
+        block = table.cholesky_blocks(step.r)
         bases.inverse_cholesky[(step.n,)](
             products,
             self.work.starts,
             step.sizes,
             step.T,
             step.triangles,
-            step.uppers,
-            shift,
+            step.lower,
+            subspace.diagonal_shift(step.r, torch.float32, torch.float32, last=last),
             R=step.r,
-            BLOCK=block,
-            PART_OF_BLOCK=min(block, 32),
+            WIDTH_OF_R=table.padded(step.r),
+            BLOCK=block.rank,
             FIRST=number == 0,
             LAST=last,
             PRECISION=table.PRECISION["bases"],
-            num_warps=16 if block > 64 else 8 if block > 32 else 4,
+            **table.launch(block),
         )
-
-    def _decompose_in_torch(self, products: Tensor, number: int, shift: float) -> None:
-        step, r = self.step, self.step.r
-        gram = self._sum(products)
-        length = gram.diagonal(dim1=-2, dim2=-1).sqrt()  # (n, r)
-        scale = torch.where(length > 2.0**-63, length.reciprocal(), 0.0)
-        identity = torch.eye(r, device=step.device)
-        lower, info = torch.linalg.cholesky_ex(gram * scale[:, None, :] * scale[:, :, None] + shift * identity)
-        inverse = torch.linalg.solve_triangular(lower, identity.expand_as(gram), upper=False)
-        T = scale[:, :, None] * inverse.mT
-        triangle = lower.mT * torch.where(length > 2.0**-63, length, 0.0)[:, None, :]
-        if number == _PASSES - 1:
-            works = (info == 0)[:, None, None]
-            T, triangle = torch.where(works, T, identity), torch.where(works, triangle, identity)
-        if number == 0:
-            size = torch.where(step.sizes > 0, step.sizes, 1.0)[:, None, None]
-            triangle = triangle * size
-        else:
-            triangle = torch.bmm(triangle, step.triangles)
-        step.T.copy_(T)
-        step.triangles.copy_(triangle)
-
-    def _sum(self, products: Tensor) -> Tensor:
-        """The sum (n, r, r) over the chunks of each matrix."""
-        step = self.step
-        total = step._squares(step.n)
-        count = math.ceil(step.r * step.r / table.ELEMENTS)
-        elements.gathered[(step.n * count,)](products, self.work.starts, total, R=step.r, BLOCK=table.ELEMENTS)
-        return total
 
     def multiply(self, products: Tensor, number: int, *, gram: bool = False, carry: bool = False) -> Tensor:
         """X <- X T of pass ``number``; the products of its chunks with itself, or with X of the update.
@@ -382,7 +350,7 @@ class _Side:
         ``products`` may be overwritten.
         """
         step = self.step
-        fused = step.r <= table.REGISTER_RANK
+        fused = step.r <= table.FUSED_RANK
         block = table.apply_blocks(step.r)
         bases.apply[(self.work.programs,)](
             step.matrices.table,
@@ -406,4 +374,4 @@ class _Side:
         )
         if fused:
             return products
-        return self._products(step.X if carry else self.scratch, with_X=carry)
+        return self._products(with_X=carry)

@@ -70,6 +70,12 @@ def base_of(matrices, matrix, column, dtype: tl.constexpr, ALIGNED: tl.constexpr
 
 
 @triton.jit
+def lines_of(p):
+    """Numbers from one column of a left factor in scratch to the next: `layout.lines`."""
+    return (p + 15) // 16 * 16
+
+
+@triton.jit
 def place_in(
     scratch,
     matrices,
@@ -174,15 +180,3 @@ def carry(products, starts, triangles, coefficients, C, gain, R: tl.constexpr, B
     row = coefficients + matrix * WIDTH
     value = (gain * product - tl.load(row + CROSS) * triangle) / tl.load(row + OUTSIDE)
     tl.store(C + matrix * R * R + at, value, mask=inside)
-
-
-@triton.jit
-def gathered(products, starts, total, R: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum (n, R, R) of the products of each matrix's chunks, in their order."""
-    BLOCKS: tl.constexpr = (R * R + BLOCK - 1) // BLOCK
-    pid = tl.program_id(0)
-    matrix = (pid // BLOCKS).to(tl.int64)
-    at = (pid % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < R * R
-    value = sum_of_chunks(products, starts, matrix, at, inside, R, BLOCK)
-    tl.store(total + matrix * R * R + at, value, mask=inside)

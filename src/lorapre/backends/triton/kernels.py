@@ -45,6 +45,7 @@ from lorapre.backends.triton.elements import (
     base_of,
     cut,
     field,
+    lines_of,
     mean_of,
     nearest,
     place_in,
@@ -114,7 +115,7 @@ def project(
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Pass 1 over G, a program a block of rows: K = decay B + gain G A^T to ``U``, X = keep B + cross G A^T.
+    """Pass 1 over G, a program a block of rows: K = decay B + gain G A^T to ``U``, transposed, X = keep B + cross G A^T.
 
     Besides ``row_sums`` of G^2, and in ``parts`` the sums of G^2 and of G^2 / v_hat and the largest |K| of the block.
     X takes the place of m_B where IN_STATE.
@@ -144,8 +145,9 @@ def project(
         col_base = base_of(matrices, matrix, V_COL, S_TYPE, ALIGNED)
         mean = mean_of(row_base, p, 512)
         mean = tl.where(mean > 0, mean, 1.0)
-        v_row = tl.load(row_base + rows, mask=rows < p, other=0.0).to(tl.float32) / mean * beta2
         v_scale = tl.load(row + V_SCALE)
+        fresh = (1.0 - beta2) * v_scale
+        v_row = tl.load(row_base + rows, mask=rows < p, other=0.0).to(tl.float32) / mean * (beta2 * v_scale)
 
     total = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
     squares = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
@@ -170,14 +172,17 @@ def project(
         squares += square
         if CLIP:
             v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
-            v_hat = (v_row[:, None] * v_col[None, :] + (1.0 - beta2) * square) * v_scale
-            surprise += tl.where(v_hat > 0, square / tl.where(v_hat > 0, v_hat, 1.0), 0.0)
+            v_hat = v_row[:, None] * v_col[None, :] + fresh * square
+            ratio = wide * tl.rsqrt(tl.where(v_hat > 0, v_hat, 1.0))
+            surprise += tl.where(v_hat > 0, ratio * ratio, 0.0)
     at = rows[:, None] * R + ranks[None, :]
     inside = (rows < p)[:, None] & (ranks < R)[None, :]
     b = tl.load(B_base + at, mask=inside, other=0.0).to(tl.float32)
     k = decay * b + gain * total
     left = field(matrices, matrix, LEFT) // 16 * 16
-    tl.store(U + left + at, k, mask=inside)
+    # Zeros down to the end of the last line: who reads it need not ask where p ends.
+    column = lines_of(p)
+    tl.store(U + left + (ranks[None, :] * column + rows[:, None]), k, mask=(rows < column)[:, None] & (ranks < R)[None, :])
     x = tl.load(row + KEEP) * b + tl.load(row + CROSS) * total
     if IN_STATE:
         tl.store(base_of(matrices, matrix, B, tl.float32, ALIGNED) + at, x, mask=(rows < live)[:, None] & (ranks < R)[None, :])
@@ -233,7 +238,9 @@ def update(
     """Pass 2 over G, a program a block of columns: W in place, L = C A + gain U^T G, and v_col one step on.
 
     Of the programs of one block, one for each rank block, the first updates W. ``sizes`` (n) becomes the size of a row
-    of L, at most, by which L is closed with a share of the old basis.
+    of L, at most, by which L is closed with a share of the old basis. The products are formed transposed, (columns,
+    ranks) and (columns, rows): then what is wide goes along the 64 rows that Hopper's tensor cores want, tiles may be
+    narrow, and several programs share a processor and hide each other's latency.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     ALIGNED: tl.constexpr = (G_ORDER == ROWS_ALIGNED) | (G_ORDER == COLUMNS_ALIGNED)
@@ -277,36 +284,55 @@ def update(
     A_base = base_of(matrices, matrix, A, S_TYPE, ALIGNED)
     X_base = place_in(X, matrices, matrix, LEFT, B, X_IN_STATE, ALIGNED)
     U_base = U + field(matrices, matrix, LEFT) // 16 * 16
+    U_column = lines_of(p)
+    fresh = (1.0 - beta2) * v_scale
+    old = beta2 * v_scale / mean
 
     if R_BLOCKS == 1:  # the loop below stores, so that the compiler would read it again in every turn
-        whole = tl.load(
+        basis = tl.load(
             A_base + (ranks[:, None] * q + cols[None, :]),
             mask=(ranks < R)[:, None] & (cols < q)[None, :],
             other=0.0,
         ).to(tl.float32)
 
-    left = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
-    squares = tl.zeros((BLOCK_Q,), tl.float32)
+    left = tl.zeros((BLOCK_Q, BLOCK_R), tl.float32)
+    squares = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+    first = tl.arange(0, BLOCK_P)
+    # W is asked for one turn ahead: nothing else would hide how long it takes.
+    inside = (first < live)[:, None] & (cols < q)[None, :]
+    coming = tl.load(tile_of(W_base, first, cols, W_row_stride, W_col_stride, W_ORDER), mask=inside, other=0.0)
     for start in range(0, p, BLOCK_P):
-        rows = start + tl.arange(0, BLOCK_P)
-        lines = rows[:, None] * R
+        rows = start + first
         inside = (rows < live)[:, None] & (cols < q)[None, :]
+        here = coming
+        after = rows + BLOCK_P
+        coming = tl.load(
+            tile_of(W_base, after, cols, W_row_stride, W_col_stride, W_ORDER),
+            mask=(after < live)[:, None] & (cols < q)[None, :],
+            other=0.0,
+        )
         raw = tl.load(tile_of(G_base, rows, cols, G_row_stride, G_col_stride, G_ORDER), mask=inside, other=0.0)
         if NEGATE:
             raw = -raw
         g = raw.to(tl.float32)
         square = g * g
-        squares += tl.sum(square, axis=0)
-        u = tl.load(U_base + lines + ranks[None, :], mask=(rows < p)[:, None] & (ranks < R)[None, :], other=0.0)
+        squares += square
+        u = tl.load(
+            U_base + (ranks[:, None] * U_column + rows[None, :]),
+            mask=(ranks < R)[:, None] & (rows < U_column)[None, :],
+            other=0.0,
+        )
         if BF16:
-            left = tl.dot(tl.trans(u.to(tl.bfloat16)), raw, left)
+            left = tl.dot(tl.trans(raw), tl.trans(u.to(tl.bfloat16)), left)
         else:
-            left = tl.dot(tl.trans(u), g, left, input_precision=LEFT_PRECISION)
-        if r_block == 0:
-            m = outside * g
-            for k in range(0, R, BLOCK_R):
-                r = k + tl.arange(0, BLOCK_R)
-                x = tl.load(X_base + lines + r[None, :], mask=(rows < p)[:, None] & (r < R)[None, :], other=0.0)
+            left = tl.dot(tl.trans(g), tl.trans(u), left, input_precision=LEFT_PRECISION)
+        if (R_BLOCKS == 1) | (r_block == 0):
+            momentum = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
+            for k in tl.static_range(0, R_BLOCKS):
+                r = k * BLOCK_R + tl.arange(0, BLOCK_R)
+                x = tl.load(
+                    X_base + (rows[:, None] * R + r[None, :]), mask=(rows < p)[:, None] & (r < R)[None, :], other=0.0
+                )
                 if R_BLOCKS > 1:
                     a = tl.load(
                         A_base + (r[:, None] * q + cols[None, :]),
@@ -314,23 +340,24 @@ def update(
                         other=0.0,
                     ).to(tl.float32)
                 else:
-                    a = whole
+                    a = basis
                 if BF16:
-                    m = tl.dot(x.to(tl.bfloat16), a.to(tl.bfloat16), m)
+                    momentum = tl.dot(tl.trans(a.to(tl.bfloat16)), tl.trans(x.to(tl.bfloat16)), momentum)
                 else:
-                    m = tl.dot(x, a, m, input_precision=MOMENTUM_PRECISION)
-            v = tl.load(v_row + rows, mask=rows < p, other=0.0).to(tl.float32) / mean * beta2
-            v_hat = (v[:, None] * v_col[None, :] + (1.0 - beta2) * square) * v_scale
-            denominator = tl.sqrt(v_hat) + eps
+                    momentum = tl.dot(tl.trans(a), tl.trans(x), momentum, input_precision=MOMENTUM_PRECISION)
+            m = outside * g + tl.trans(momentum)
+            v = tl.load(v_row + rows, mask=rows < p, other=0.0).to(tl.float32) * old
+            denominator = tl.sqrt(v[:, None] * v_col[None, :] + fresh * square) + eps
             still = denominator <= eps  # where v is 0
             if RELATIVE:
                 denominator = tl.maximum(denominator, TINY)
-            direction = m / denominator
+            # 1 / x as the square of 1 / sqrt(x): two instructions, of which a division takes ten.
+            root = tl.rsqrt(denominator)
+            direction = m * (root * root)
             if BOUNDED:
                 direction = tl.where(still, 0.0, tl.minimum(tl.maximum(direction, -limit), limit))
+            w = here.to(tl.float32) * decay - rate * direction
             W_addresses = tile_of(W_base, rows, cols, W_row_stride, W_col_stride, W_ORDER)
-            w = tl.load(W_addresses, mask=inside, other=0.0).to(tl.float32)
-            w = w * decay - rate * direction
             if STOCHASTIC:
                 element = (rows[:, None] * q + cols[None, :]).to(tl.uint32)
                 zero = element * 0
@@ -346,7 +373,7 @@ def update(
     C_base = C + matrix * R * R
     size = tl.zeros((BLOCK_R,), tl.float32)
     carried = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
-    old = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
+    before = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
     for k in range(0, R, BLOCK_R):
         r = k + tl.arange(0, BLOCK_R)
         c = tl.load(C_base + ranks[:, None] * R + r[None, :], mask=(ranks < R)[:, None] & (r < R)[None, :], other=0.0)
@@ -357,23 +384,23 @@ def update(
                 other=0.0,
             ).to(tl.float32)
         else:
-            a = whole
+            a = basis
         carried = tl.dot(c, a, carried, input_precision=LEFT_PRECISION)
         if k == r_block * BLOCK_R:
-            old = a
+            before = a
         for other in range(0, R, BLOCK_R):  # all of C, whichever the ranks of this program are
             s = other + tl.arange(0, BLOCK_R)
             d = tl.load(C_base + s[:, None] * R + r[None, :], mask=(s < R)[:, None] & (r < R)[None, :], other=0.0)
             size += tl.sum(d * d, axis=1)
     size_of_row = tl.sqrt((tl.sum(size, axis=0) + gain * gain * squared) / R)
     share = tl.where(size_of_row > 0, CLOSING * size_of_row, 1.0)
-    new = carried + gain * left + share * old
+    new = carried + gain * tl.trans(left) + share * before
     column = ranks[:, None] * q + cols[None, :]
     L_base = place_in(L, matrices, matrix, RIGHT, A, L_IN_STATE, ALIGNED)
     ranked = (ranks < R * (on if L_IN_STATE else 1))[:, None]
     tl.store(L_base + column, new, mask=ranked & (cols < q)[None, :])
     first_of_ranks = (r_block == 0).to(tl.int32)
-    average = v_col + (1.0 - beta2) * (squares / p - v_col)
+    average = v_col + (1.0 - beta2) * (tl.sum(squares, axis=0) / p - v_col)
     tl.store(col_base + cols, nearest(average, S_TYPE), mask=cols < q * first_of_ranks * on)
     if tile == 0:
         tl.store(sizes + matrix, size_of_row)

@@ -20,7 +20,8 @@ from lorapre.routing import MatrixView
 T = TypeVar("T")
 
 #: Columns of the table of matrices (n, COLUMNS), int64: addresses of W, G, m_B, m_A, v_row and v_col; sizes; strides
-#: in numbers; where the matrix begins in scratch of p r, r q and p numbers a matrix; its number in its bucket, and
+#: in numbers; where the matrix begins in scratch of a left factor (r, p up to a multiple of 16), a right
+#: one (r, q) and rows (p) a matrix; its number in its bucket, and
 #: what tells buckets apart (both for stochastic rounding alone).
 (W, G, B, A, V_ROW, V_COL, P, Q, W_ROW, W_COL, G_ROW, G_COL, LEFT, RIGHT, ROWS, NUMBER, STREAM) = range(17)
 COLUMNS = 18
@@ -193,14 +194,14 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
                 stream = (p * 2_654_435_761 + q) % 2**31
                 rows.append([*where, p, q, *strides, left, right, before, number, stream, 0])
                 kinds.append(kind)
-                left, right = left + _lines(p * r), right + _lines(r * q)
+                left, right = left + r * lines(p), right + lines(r * q)
                 before, number = before + p, number + 1
     table = _sent(torch.tensor(rows, dtype=torch.int64), buckets[0].params[0].device)
     sides = tuple(row[P] for row in rows), tuple(row[Q] for row in rows)
     return Matrices(table, *sides, tuple(kinds), left, right)
 
 
-def _lines(numel: int) -> int:
+def lines(numel: int) -> int:
     """``numel`` up to a multiple of 16, where what begins behind it is aligned."""
     return -(-numel // 16) * 16
 

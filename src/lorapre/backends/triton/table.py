@@ -17,8 +17,8 @@ from lorapre.routing import MatrixView
 #: Largest rank that the kernels take.
 MAX_RANK = 512
 
-#: Largest rank whose r x r matrices a program decomposes in its registers.
-REGISTER_RANK = 128
+#: Largest rank of which a program that multiplies a factor sums up the products of the result, too.
+FUSED_RANK = 128
 
 #: Precision of float32 products (`tl.dot`) by use: "ieee", "tf32x3" or "tf32".
 #: ``project`` is G A^T, ``momentum`` is X A, ``left`` is U^T G, ``bases`` is what orthonormalizes factors.
@@ -102,25 +102,31 @@ def padded(rank: int) -> int:
 
 def chunk_rows(rank: int) -> int:
     """Rows of a factor of which a program of the bases forms one product: their (r, r) results stay a small share."""
-    return CHUNK if rank <= 64 else 2 * CHUNK
+    return CHUNK if rank <= FUSED_RANK else 2 * CHUNK
 
 
 def product_blocks(rank: int) -> Blocks:
     """Rows at once, and the block of ranks, of a product of two factors."""
     block = min(padded(rank), 128)
-    return Blocks(64 if block < 128 else 32, 0, block, 8 if block > 64 else 4, 1)
+    return Blocks(64 if block < 128 else 32, 0, block, 8 if block > 64 else 4, 2)
+
+
+def cholesky_blocks(rank: int) -> Blocks:
+    """Columns that are decomposed number by number, of an (r, r) matrix."""
+    whole = padded(rank)
+    return Blocks(0, 0, min(whole, 32), 4 if whole <= 128 else 16, 1)
 
 
 def apply_blocks(rank: int) -> Blocks:
     """Rows at once, and ``cols`` ranks of the result at once, of a factor times an (r, r) matrix."""
     whole = padded(rank)
-    return Blocks(64 if whole < 128 else 32, whole if rank <= REGISTER_RANK else 32, whole, 8 if whole > 32 else 4, 1)
+    return Blocks(64 if whole < 128 else 32, whole if rank <= FUSED_RANK else 32, whole, 8 if whole > 64 else 4, 2)
 
 
 def finish_blocks(rank: int) -> Blocks:
     """The same of the last one, whose programs take one tile each."""
     whole = padded(rank)
-    return Blocks(64 if whole < 128 else 32, min(whole, 64), whole, 8 if whole > 64 else 4, 1)
+    return Blocks(128 if whole <= 128 else 64, min(whole, 64), whole, 8 if whole > 32 else 4, 1)
 
 
 def scratch_bytes(view: MatrixView, state_dtype: torch.dtype) -> int:
