@@ -25,8 +25,9 @@ T = TypeVar("T")
 (W, G, B, A, V_ROW, V_COL, P, Q, W_ROW, W_COL, G_ROW, G_COL, LEFT, RIGHT, ROWS, NUMBER, STREAM) = range(17)
 COLUMNS = 18
 
-#: State in the order of its addresses in the table.
+#: State in the order of its addresses in the table; v's two factors take the place of its row and column means.
 STATE = ("m_B", "m_A", "v_row", "v_col")
+FACTORS = ("m_B", "m_A", "v_B", "v_A")
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,11 @@ class Layouts:
         addresses = tuple(
             tuple(
                 tuple(tensor.data_ptr() for tensor in tensors)
-                for tensors in (bucket.params, bucket.grads, *(bucket.state[key] for key in STATE))
+                for tensors in (bucket.params, bucket.grads, *(bucket.state[key] for key in state_of(bucket)))
             )
             for bucket in buckets
         )
-        shapes = tuple((bucket.view, bucket.first, _places(bucket)) for bucket in buckets)
+        shapes = tuple((bucket.view, bucket.first, _places(bucket), _numels(bucket)) for bucket in buckets)
         device = buckets[0].params[0].device
         return self._kept(("matrices", device, shapes, addresses), device, lambda: _matrices(buckets, addresses))
 
@@ -145,6 +146,16 @@ class Layouts:
         return found
 
 
+def state_of(bucket: Bucket) -> tuple[str, ...]:
+    """The keys of a bucket's state in the table's order."""
+    return FACTORS if "v_B" in bucket.state else STATE
+
+
+def _numels(bucket: Bucket) -> tuple[int, ...]:
+    """Numbers of each kind of state that one matrix has."""
+    return tuple(bucket.state[key][0].numel() // bucket.view.batch for key in state_of(bucket))
+
+
 def _places(bucket: Bucket) -> tuple[Place, Place]:
     places = place_of(bucket.params, bucket.view), place_of(bucket.grads, bucket.view)
     if places[0] is None or places[1] is None:
@@ -162,7 +173,7 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
         places = _places(bucket)
         sizes = [bucket.params[0].element_size(), bucket.grads[0].element_size()]
         steps = [place.batch * size for place, size in zip(places, sizes, strict=True)]
-        steps += [numel * bucket.state[STATE[0]][0].element_size() for numel in (p * r, r * q, p, q)]
+        steps += [numel * bucket.state[STATE[0]][0].element_size() for numel in _numels(bucket)]
         aligned = [
             all((base + step * (view.batch > 1)) % 16 == 0 for base in bases)
             for bases, step in zip(lists, steps, strict=True)

@@ -24,6 +24,11 @@ REGISTER_RANK = 128
 #: ``project`` is G A^T, ``momentum`` is X A, ``left`` is U^T G, ``bases`` is what orthonormalizes factors.
 PRECISION: dict[str, str] = {"project": "ieee", "momentum": "ieee", "left": "ieee", "bases": "ieee"}
 
+#: The same where the regression is the paper's: ``newton`` is G, or |G|, times a factor, ``newton_bf16`` the same of
+#: gradients in bfloat16, of which "bf16" and "bf16x2" take one or two products in bfloat16 and the factor as a sum of
+#: as many numbers of it; ``moments`` is B A, ``squares`` what multiplies by an inverse.
+NEWTON_PRECISION: dict[str, str] = {"newton": "tf32", "newton_bf16": "bf16x2", "moments": "tf32", "squares": "tf32x3"}
+
 #: Whether bfloat16 gradients are multiplied as they are, by factors rounded to bfloat16, instead of as float32.
 BF16_DOT = False
 
@@ -76,6 +81,25 @@ PROJECT: tuple[tuple[int, int, Blocks], ...] = (
 #: A program keeps ``cols`` columns of U^T G and of A and walks over the rows of G and W. Beside the accumulator live
 #: four tiles of rows x cols: G, W, X A and the sums of G^2, 32 registers a thread together.
 UPDATE: tuple[tuple[int, int, Blocks], ...] = ((MAX_RANK, 4, Blocks(32, 64, 128, 8, 2)),)
+
+
+#: The same two passes where the regression is the paper's, by the larger of both moments' ranks: each has an
+#: accumulator of its own.
+NEWTON_PROJECT: tuple[tuple[int, int, Blocks], ...] = (
+    (32, 4, Blocks(64, 64, 0, 4, 3)),
+    (64, 4, Blocks(64, 32, 0, 4, 3)),
+    (MAX_RANK, 4, Blocks(64, 32, 128, 8, 3)),
+)
+NEWTON_UPDATE: tuple[tuple[int, int, Blocks], ...] = (
+    (64, 4, Blocks(64, 64, 0, 8, 2)),
+    (MAX_RANK, 4, Blocks(32, 64, 128, 8, 2)),
+)
+
+#: Gram matrices: their block of ranks at most, numbers of a factor's other side at once.
+NEWTON_GRAM = Blocks(32, 0, 64, 4, 3)
+
+#: Inverses: columns that are eliminated at once, columns of a product.
+NEWTON_INVERT = Blocks(32, 128, 0, 4, 1)
 
 
 def blocks(table: tuple[tuple[int, int, Blocks], ...], rank: int, itemsize: int) -> Blocks:
@@ -134,6 +158,20 @@ def scratch_bytes(view: MatrixView, state_dtype: torch.dtype) -> int:
     chunk = chunk_rows(r)
     squares = 4 + max(1, math.ceil(max(p, q) / chunk))
     return 4 * view.batch * (factors + squares * r * r + p)
+
+
+def square_blocks(rank: int) -> Blocks:
+    """Rows of a factor at once that are multiplied by an (r, r) inverse, and ``cols`` of the result at once."""
+    whole = padded(rank)
+    return Blocks(32 if whole <= 128 else 16, max(16, min(whole, 4096 // whole)), whole, 8 if whole > 32 else 4, 1)
+
+
+def newton_scratch_bytes(view: MatrixView, second_rank: int) -> int:
+    """The same where the regression is the paper's: H A^T, of ranks in parts B^T H, and float64 Gram matrices."""
+    ranks = view.rank + second_rank
+    split = max(view.rank, second_rank) > max(blocks.rank for _, _, blocks in NEWTON_UPDATE)
+    factors = (view.p + (view.q if split else 0)) * ranks
+    return view.batch * (4 * factors + 16 * (view.rank**2 + second_rank**2) + 4 * view.p // 16)
 
 
 def scratch_limit(weight_bytes: int) -> int:

@@ -1,0 +1,384 @@
+"""The small algebra of the paper's regression: Gram matrices, their inverses, the left factors' next step.
+
+Of each moment a matrix has two Gram matrices, of its right factor (side 0, A A^T) and of its left one (side 1, B^T B),
+in float64 as in `lorapre.factors.newton_step`. They are formed by float64 tensor cores, and inverted in their place,
+by blocks of columns, so that all but the blocks on the diagonal are products.
+
+``squares`` is (n, 2, R, R), float64, of one moment or of two of one rank behind each other; ``scales`` (2, n, 3),
+float64: of each moment and matrix the size of the two inverses, which are divided by it, and the gauge.
+"""
+
+# Triton's decorators and types are untyped where they are not missing (other platforms than Linux).
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lorapre.backends.triton import layout
+from lorapre.backends.triton.elements import (
+    ON,
+    RIGHT,
+    ROWS,
+    WIDTH,
+    A,
+    B,
+    P,
+    Q,
+    base_of,
+    field,
+    nearest,
+    size_of,
+)
+
+#: The second moment's factors, where others have row and column means.
+V_B = tl.constexpr(layout.V_ROW)
+V_A = tl.constexpr(layout.V_COL)
+
+#: What float64 rounds away of a Gram matrix, a rank at a time, and the smallest size and mean square of a row that
+#: relative damping tells from zero; see `lorapre.factors`.
+_ROUNDING = tl.constexpr(4 * 2.0**-52)
+_LEAST_SIZE = tl.constexpr(1e-60)
+_VANISHING = tl.constexpr(1e-20)
+
+
+@triton.jit
+def right_offset(matrices, matrix, RM: tl.constexpr):
+    """Columns of the matrices before this one."""
+    return field(matrices, matrix, RIGHT) // RM
+
+
+@triton.jit
+def scratch_tile(base, rows, ranks, p, R: tl.constexpr, values):
+    tl.store(base + (rows[:, None] * R + ranks[None, :]), values, mask=(rows < p)[:, None] & (ranks < R)[None, :])
+
+
+@triton.jit
+def root_of(scales, matrix, n, moment, side):
+    """The square root of the size of an inverse, float32."""
+    return tl.sqrt(tl.load(scales + (moment * n + matrix) * 3 + side)).to(tl.float32)
+
+
+@triton.jit
+def inverse_tile(squares, scales, matrix, n, moment, side, rows, cols, R: tl.constexpr):
+    """Rows x cols of an inverse times its size, float32. `invert` leaves it negative, without its size."""
+    size = tl.load(scales + (moment * n + matrix) * 3 + side)
+    tile = tl.load(
+        squares + (matrix * 2 + side) * R * R + (rows[:, None] * R + cols[None, :]),
+        mask=(rows < R)[:, None] & (cols < R)[None, :],
+        other=0.0,
+    )
+    return (-size * tile).to(tl.float32)
+
+
+@triton.jit
+def factor_of(matrices, matrix, moment, side, dtype: tl.constexpr):
+    """Where m_A or v_A (side 0), m_B or v_B (side 1) begins."""
+    column = tl.where(moment == 0, tl.where(side == 0, A, B), tl.where(side == 0, V_A, V_B))
+    return base_of(matrices, matrix, column, dtype)
+
+
+@triton.jit
+def gram(
+    matrices,
+    squares,
+    n,
+    S_TYPE: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FIRST: tl.constexpr,
+    MOMENTS: tl.constexpr,
+):
+    """One block of one Gram matrix, and its mirror image, a program."""
+    BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    PAIRS: tl.constexpr = BLOCKS * (BLOCKS + 1) // 2
+    pid = tl.program_id(0)
+    pair = pid % PAIRS
+    above = 0
+    for block in range(1, BLOCKS):
+        above += (pair >= block * (block + 1) // 2).to(tl.int32)
+    beside = pair - above * (above + 1) // 2
+    rest = pid // PAIRS
+    side = rest % 2
+    local = (rest // 2) % MOMENTS
+    moment = FIRST + local
+    matrix = (rest // (2 * MOMENTS)).to(tl.int64)
+    i = above * BLOCK_R + tl.arange(0, BLOCK_R)
+    j = beside * BLOCK_R + tl.arange(0, BLOCK_R)
+    base = factor_of(matrices, matrix, moment, side, S_TYPE)
+    total = tl.zeros((BLOCK_R, BLOCK_R), tl.float64)
+    if side == 0:
+        length = size_of(matrices, matrix, Q)
+        for start in range(0, length, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            inside = (at < length)[None, :]
+            x = tl.load(base + (i[:, None] * length + at[None, :]), mask=inside & (i < R)[:, None], other=0.0)
+            y = tl.load(base + (j[:, None] * length + at[None, :]), mask=inside & (j < R)[:, None], other=0.0)
+            total = tl.dot(x.to(tl.float64), tl.trans(y.to(tl.float64)), total, out_dtype=tl.float64)
+    else:
+        length = size_of(matrices, matrix, P)
+        for start in range(0, length, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            inside = (at < length)[:, None]
+            x = tl.load(base + (at[:, None] * R + i[None, :]), mask=inside & (i < R)[None, :], other=0.0)
+            y = tl.load(base + (at[:, None] * R + j[None, :]), mask=inside & (j < R)[None, :], other=0.0)
+            total = tl.dot(tl.trans(x.to(tl.float64)), y.to(tl.float64), total, out_dtype=tl.float64)
+    out = squares + ((local * n + matrix) * 2 + side) * R * R
+    inside = (i < R)[:, None] & (j < R)[None, :]
+    tl.store(out + i[:, None] * R + j[None, :], total, mask=inside)
+    if above != beside:
+        tl.store(out + i[:, None] + j[None, :] * R, total, mask=inside)
+
+
+@triton.jit
+def overlap(squares, out, R: tl.constexpr, BLOCK: tl.constexpr):
+    """||B A||^2 of each matrix, the sum over the products of its two Gram matrices' elements."""
+    matrix = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float64)
+    base = squares + matrix * 2 * R * R
+    for start in range(0, R * R, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < R * R
+        total += tl.load(base + at, mask=inside, other=0.0) * tl.load(base + R * R + at, mask=inside, other=0.0)
+    tl.store(out + matrix, tl.sum(total, axis=0).to(tl.float32))
+
+
+@triton.jit
+def negative_inverse(S, shift, BLOCK: tl.constexpr):
+    """-S^-1 of a symmetric block, by sweeps of one column after the other (Goodnight 1979), whose pivots are those of
+    Cholesky's decomposition: none is below the least eigenvalue, which ``shift`` bounds."""
+    i = tl.arange(0, BLOCK)
+    for k in range(BLOCK):
+        at = i == k
+        column = tl.sum(tl.where(at[None, :], S, 0.0), axis=1)
+        line = tl.sum(tl.where(at[:, None], S, 0.0), axis=0)
+        pivot = tl.maximum(tl.sum(tl.where(at, column, 0.0), axis=0), shift)
+        inverse = 1.0 / pivot
+        # The swept column and row of -1 at k instead: the product then gives all of the result.
+        column = tl.where(at, -1.0, column)
+        line = tl.where(at, -1.0, line) * inverse
+        S = tl.where(at[:, None] | at[None, :], 0.0, S) - column[:, None] * line[None, :]
+    return S
+
+
+@triton.jit
+def invert(
+    squares,
+    scales,
+    parts,
+    starts,
+    n,
+    damping,
+    rate_m,
+    rate_v,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDE: tl.constexpr,
+    FIRST: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    FIRST_SIDE: tl.constexpr,
+    SIDES: tl.constexpr,
+    RELATIVE: tl.constexpr,
+):
+    """-(gram + shift I)^-1 in the place of a Gram matrix, a program each, with the shift of `factors.damped_inverse`.
+
+    A block of columns C with the diagonal block S_kk: S <- S - C S_kk^-1 C^T outside, C S_kk^-1 in the place of C,
+    -S_kk^-1 in that of S_kk, block after block. ``parts`` are the squares of the left target by tiles of rows.
+    """
+    pid = tl.program_id(0)
+    side = FIRST_SIDE + pid % SIDES
+    local = (pid // SIDES) % MOMENTS
+    moment = FIRST + local
+    matrix = (pid // (SIDES * MOMENTS)).to(tl.int64)
+    base = squares + ((local * n + matrix) * 2 + side) * R * R
+    every = tl.arange(0, WIDE)
+    mean = tl.sum(tl.load(base + every * (R + 1), mask=every < R, other=0.0), axis=0) / R
+    size = mean * 0.0 + 1.0
+    row = scales + (moment * n + matrix) * 3
+    if RELATIVE:
+        size = mean
+        if side == 1:
+            coming = tl.zeros((128,), tl.float64)
+            last = tl.load(starts + matrix + 1)
+            for start in range(tl.load(starts + matrix), last, 128):
+                at = start + tl.arange(0, 128)
+                coming += tl.load(parts + (at.to(tl.int64) * MOMENTS + local), mask=at < last, other=0.0)
+            rate = tl.where(moment == 0, rate_m, rate_v).to(tl.float64)
+            size = tl.maximum(size, tl.sum(coming, axis=0) * rate * rate / R)
+        else:
+            gauge = tl.where((mean < _VANISHING) & (mean > 0), 1.0 / tl.sqrt(tl.where(mean > 0, mean, 1.0)), 1.0)
+            tl.store(row + 2, gauge)
+        size = tl.maximum(size, _LEAST_SIZE)
+    elif side == 0:
+        tl.store(row + 2, size)
+    tl.store(row + side, size)
+    shift = tl.maximum(_ROUNDING * R * mean, damping * size)
+
+    within = tl.arange(0, BLOCK)
+    diagonal = within[:, None] == within[None, :]
+    for k in range(0, R, BLOCK):
+        kk = k + within
+        here = base + (kk[:, None] * R + kk[None, :])
+        inside = (kk < R)[:, None] & (kk < R)[None, :]
+        S = tl.load(here, mask=inside, other=0.0)
+        S += tl.where(diagonal, tl.where(kk < R, shift, 1.0)[:, None], 0.0)
+        D = negative_inverse(S, tl.minimum(shift, 1.0), BLOCK)
+        if R > BLOCK:
+            for i in range(0, R, BLOCK):
+                if i != k:
+                    rows = i + within
+                    panel = base + (rows[:, None] * R + kk[None, :])
+                    C = tl.load(panel, mask=(rows < R)[:, None] & (kk < R)[None, :], other=0.0)
+                    C = tl.dot(C, D, out_dtype=tl.float64)
+                    for j in range(0, R, COLS):
+                        cols = j + tl.arange(0, COLS)
+                        beyond = (((cols < k) | (cols >= k + BLOCK)) & (cols < R))[None, :]
+                        line = tl.load(
+                            base + (kk[:, None] * R + cols[None, :]), mask=(kk < R)[:, None] & beyond, other=0.0
+                        )
+                        target = base + (rows[:, None] * R + cols[None, :])
+                        mask = (rows < R)[:, None] & beyond
+                        old = tl.load(target, mask=mask, other=0.0)
+                        tl.store(target, tl.dot(C, line, old, out_dtype=tl.float64), mask=mask)
+            tl.debug_barrier()
+            for i in range(0, R, BLOCK):
+                if i != k:
+                    rows = i + within
+                    panel = base + (rows[:, None] * R + kk[None, :])
+                    mask = (rows < R)[:, None] & (kk < R)[None, :]
+                    C = -tl.dot(tl.load(panel, mask=mask, other=0.0), D, out_dtype=tl.float64)
+                    tl.debug_barrier()
+                    tl.store(panel, C, mask=mask)
+                    tl.store(base + (rows[:, None] + kk[None, :] * R), C, mask=mask)
+        tl.store(here, D, mask=inside)
+        tl.debug_barrier()
+
+
+@triton.jit
+def targets(
+    matrices,
+    items,
+    starts,
+    Y,
+    offset,
+    squares,
+    scales,
+    parts,
+    n,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OUT: tl.constexpr,
+    FIRST: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The left target H A^T (A A^T + delta I)^-1 in the place of H A^T, and in ``parts`` its squares."""
+    pid = tl.program_id(0)
+    local = pid % MOMENTS
+    item = pid // MOMENTS
+    matrix = tl.load(items + item * 2).to(tl.int64)
+    tile = tl.load(items + item * 2 + 1)
+    p = size_of(matrices, matrix, P)
+    rows = tile * BLOCK + tl.arange(0, BLOCK)
+    ranks = tl.arange(0, BLOCK_R)
+    base = Y + local * offset + field(matrices, matrix, ROWS) * R
+    root = root_of(scales, matrix, n, FIRST + local, 0)
+    y = tl.load(base + (rows[:, None] * R + ranks[None, :]), mask=(rows < p)[:, None] & (ranks < R)[None, :], other=0.0)
+    y = y / root
+    total = tl.zeros((BLOCK,), tl.float64)
+    tl.debug_barrier()
+    for first in range(0, BLOCK_R, OUT):
+        out = first + tl.arange(0, OUT)
+        inverse = inverse_tile(squares + local * n * 2 * R * R, scales, matrix, n, FIRST + local, 0, ranks, out, R)
+        target = tl.dot(y, inverse, input_precision=PRECISION) / root
+        scratch_tile(base, rows, out, p, R, target)
+        wide = target.to(tl.float64)
+        total += tl.sum(wide * wide, axis=1)
+    tl.store(parts + (tl.load(starts + matrix) + tile).to(tl.int64) * MOMENTS + local, tl.sum(total, axis=0))
+
+
+@triton.jit
+def finish(
+    matrices,
+    right_items,
+    left_items,
+    right_programs,
+    coefficients,
+    Y,
+    Z,
+    left_offset,
+    right_shift,
+    squares,
+    scales,
+    n,
+    rate_m,
+    rate_v,
+    S_TYPE: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OUT: tl.constexpr,
+    RM: tl.constexpr,
+    FIRST: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    DONE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Equations (1) and (2) from H A^T in ``Y``, or from the left target if DONE, and from B^T H in ``Z``.
+
+    ``right_programs`` is 0 where pass 2 has done (2).
+    """
+    pid = tl.program_id(0)
+    local = pid % MOMENTS
+    moment = FIRST + local
+    pid = pid // MOMENTS
+    left = pid >= right_programs
+    item = tl.where(left, left_items + (pid - right_programs) * 2, right_items + pid * 2)
+    matrix = tl.load(item).to(tl.int64)
+    at = tl.load(item + 1) * BLOCK + tl.arange(0, BLOCK)
+    ranks = tl.arange(0, BLOCK_R)
+    on = (tl.load(coefficients + matrix * WIDTH + ON) != 0).to(tl.int32)
+    rate = tl.where(moment == 0, rate_m, rate_v)
+    gauge = tl.load(scales + (moment * n + matrix) * 3 + 2).to(tl.float32)
+    mine = squares + local * n * 2 * R * R
+    if left:
+        p = size_of(matrices, matrix, P)
+        base = factor_of(matrices, matrix, moment, 1, S_TYPE)
+        source = Y + local * left_offset + field(matrices, matrix, ROWS) * R
+        root = root_of(scales, matrix, n, moment, 0)
+        lines = (at < p)[:, None]
+        if not DONE:
+            x = tl.load(source + (at[:, None] * R + ranks[None, :]), mask=lines & (ranks < R)[None, :], other=0.0)
+            x = x / root
+        for first in range(0, BLOCK_R, OUT):
+            out = first + tl.arange(0, OUT)
+            there = at[:, None] * R + out[None, :]
+            inside = lines & (out < R)[None, :]
+            if DONE:
+                target = tl.load(source + there, mask=inside, other=0.0)
+            else:
+                inverse = inverse_tile(mine, scales, matrix, n, moment, 0, ranks, out, R)
+                target = tl.dot(x, inverse, input_precision=PRECISION) / root
+            old = tl.load(base + there, mask=inside, other=0.0).to(tl.float32)
+            new = nearest((old + rate * (target - old)) / gauge, S_TYPE)
+            tl.store(base + there, new, mask=(at < p * on)[:, None] & (out < R)[None, :])
+    else:
+        q = size_of(matrices, matrix, Q)
+        base = factor_of(matrices, matrix, moment, 0, S_TYPE)
+        source = Z + local * right_shift + right_offset(matrices, matrix, RM) * R
+        root = root_of(scales, matrix, n, moment, 1)
+        lines = (at < q)[None, :]
+        x = tl.load(source + (ranks[:, None] * q + at[None, :]), mask=lines & (ranks < R)[:, None], other=0.0) / root
+        for first in range(0, BLOCK_R, OUT):
+            out = first + tl.arange(0, OUT)
+            there = out[:, None] * q + at[None, :]
+            inside = lines & (out < R)[:, None]
+            inverse = inverse_tile(mine, scales, matrix, n, moment, 1, out, ranks, R)
+            target = tl.dot(inverse, x, input_precision=PRECISION) / root
+            old = tl.load(base + there, mask=inside, other=0.0).to(tl.float32)
+            new = nearest((old + rate * (target - old)) * gauge, S_TYPE)
+            tl.store(base + there, new, mask=(at < q * on)[None, :] & (out < R)[:, None])
