@@ -51,7 +51,7 @@ from lorapre.backends.triton.elements import (
     sum_of_parts,
 )
 from lorapre.backends.triton.kernels import TINY, tile_of
-from lorapre.backends.triton.newton_squares import V_A, V_B, inverse_tile, right_offset, root_of, scratch_tile
+from lorapre.backends.triton.newton_squares import V_A, V_B, next_right, right_offset
 
 
 @triton.jit
@@ -95,6 +95,16 @@ def left_tile(base, rows, ranks, p, R: tl.constexpr):
     return tl.load(
         base + (rows[:, None] * R + ranks[None, :]), mask=(rows < p)[:, None] & (ranks < R)[None, :], other=0.0
     ).to(tl.float32)
+
+
+@triton.jit
+def left_scratch(base, rows, ranks, p, R: tl.constexpr, values):
+    tl.store(base + (rows[:, None] * R + ranks[None, :]), values, mask=(rows < p)[:, None] & (ranks < R)[None, :])
+
+
+@triton.jit
+def right_scratch(base, ranks, cols, q, R: tl.constexpr, values):
+    tl.store(base + (ranks[:, None] * q + cols[None, :]), values, mask=(ranks < R)[:, None] & (cols < q)[None, :])
 
 
 @triton.jit
@@ -159,51 +169,10 @@ def project(
     if NEGATE:
         y_m = -y_m
     at = field(matrices, matrix, ROWS)
-    scratch_tile(Y_m + at * RM, rows, ranks_m, p, RM, y_m)
-    scratch_tile(Y_v + at * RV, rows, ranks_v, p, RV, y_v)
+    left_scratch(Y_m + at * RM, rows, ranks_m, p, RM, y_m)
+    left_scratch(Y_v + at * RV, rows, ranks_v, p, RV, y_v)
     if SQUARES:
         tl.store(parts + (tl.load(starts + matrix) + tile) * R_BLOCKS + r_block, tl.sum(squares, axis=0))
-
-
-@triton.jit
-def next_right(
-    base,
-    Z,
-    squares,
-    scales,
-    matrix,
-    n,
-    moment,
-    z,
-    ranks,
-    cols,
-    q,
-    rate,
-    on,
-    S_TYPE: tl.constexpr,
-    R: tl.constexpr,
-    OUT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    IN_PLACE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Equation (2) in these columns from ``z``, B^T H, in the place of the old factor; or ``z`` to scratch."""
-    if IN_PLACE:
-        root = root_of(scales, matrix, n, moment, 1)
-        gauge = tl.load(scales + (moment * n + matrix) * 3 + 2).to(tl.float32)
-        scaled = z / root
-        for first in range(0, BLOCK_R, OUT):
-            out = first + tl.arange(0, OUT)
-            inverse = inverse_tile(squares, scales, matrix, n, moment, 1, out, ranks, R)
-            right = tl.dot(inverse, scaled, input_precision=PRECISION) / root
-            old = right_tile(base, out, cols, q, R)
-            tl.store(
-                base + (out[:, None] * q + cols[None, :]),
-                nearest((old + rate * (right - old)) * gauge, S_TYPE),
-                mask=(out < R * on)[:, None] & (cols < q)[None, :],
-            )
-    else:
-        tl.store(Z + (ranks[:, None] * q + cols[None, :]), z, mask=(ranks < R)[:, None] & (cols < q)[None, :])
 
 
 @triton.jit
@@ -237,6 +206,7 @@ def update(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     OUT: tl.constexpr,
+    INNER: tl.constexpr,
     R_BLOCKS: tl.constexpr,
     PARTS: tl.constexpr,
     NEGATE: tl.constexpr,
@@ -306,25 +276,28 @@ def update(
         magnitude = tl.abs(wide)
         b_m = left_tile(m_B, rows, ranks_m, p, RM)
         b_v = left_tile(v_B, rows, ranks_v, p, RV)
-        z_m = of_factor(tl.trans(b_m), g, wide, z_m, PRECISION)
-        z_v = of_factor(tl.trans(b_v), magnitude.to(G_TYPE), magnitude, z_v, PRECISION)
+        # Negated, by which they come from registers: tensor cores read no float32 across its rows from shared memory,
+        # and one copy there serves the momentum as well.
+        z_m = of_factor(tl.trans(-b_m), g, wide, z_m, PRECISION)
+        z_v = of_factor(tl.trans(-b_v), magnitude.to(G_TYPE), magnitude, z_v, PRECISION)
         if r_block == 0:
-            m = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
-            v = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
-            if R_BLOCKS == 1:
+            W_addresses = tile_of(W_base, rows, cols, W_row_stride, W_col_stride, W_ALIGNED)
+            w = tl.load(W_addresses, mask=inside, other=0.0).to(tl.float32)
+            if R_BLOCKS == 1:  # transposed, so that the factors are read as they lie
                 x = b_m
                 if RESIDUAL:
-                    x = keep * b_m + cross * left_tile(L_base, rows, ranks_m, p, RM)
-                m = tl.dot(x, whole_m, m, input_precision=MOMENT_PRECISION)
-                v = tl.dot(b_v, whole_v, v, input_precision=MOMENT_PRECISION)
+                    x = keep * x + cross * left_tile(L_base, rows, ranks_m, p, RM)
+                m = tl.trans(tl.dot(tl.trans(whole_m), tl.trans(x), input_precision=MOMENT_PRECISION))
+                v = tl.trans(tl.dot(tl.trans(whole_v), tl.trans(b_v), input_precision=MOMENT_PRECISION))
             else:
-                for block in range(0, R_BLOCKS):
-                    r = block * BLOCK_M + tl.arange(0, BLOCK_M)
+                m = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+                v = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+                for first in range(0, RM if RM > RV else RV, INNER):
+                    r = first + tl.arange(0, INNER)
                     x = left_tile(m_B, rows, r, p, RM)
                     if RESIDUAL:
                         x = keep * x + cross * left_tile(L_base, rows, r, p, RM)
                     m = tl.dot(x, right_tile(m_A, r, cols, q, RM), m, input_precision=MOMENT_PRECISION)
-                    r = block * BLOCK_V + tl.arange(0, BLOCK_V)
                     y = left_tile(v_B, rows, r, p, RV)
                     v = tl.dot(y, right_tile(v_A, r, cols, q, RV), v, input_precision=MOMENT_PRECISION)
             share = outside
@@ -337,8 +310,6 @@ def update(
             direction = m / (root + eps)
             if BOUNDED:
                 direction = tl.where(root > 0, tl.minimum(tl.maximum(direction, -limit), limit), 0.0)
-            W_addresses = tile_of(W_base, rows, cols, W_row_stride, W_col_stride, W_ALIGNED)
-            w = tl.load(W_addresses, mask=inside, other=0.0).to(tl.float32)
             w = w * decay - rate * direction
             if STOCHASTIC:
                 element = (rows[:, None] * q + cols[None, :]).to(tl.uint32)
@@ -350,14 +321,18 @@ def update(
                 tl.store(W_addresses, cut(w, (bits >> 16).to(tl.int32)), mask=inside)
             else:
                 tl.store(W_addresses, nearest(w, W_TYPE), mask=inside)
-    if NEGATE:
-        z_m = -z_m
-    at = right_offset(matrices, matrix, RM)
-    next_right(
-        m_A, Z_m + at * RM, squares_m, scales, matrix, n, 0, z_m, ranks_m, cols, q, rate_m, on,
-        S_TYPE, RM, OUT, BLOCK_M, R_BLOCKS == 1, SQUARE_PRECISION,
-    )  # fmt: skip
-    next_right(
-        v_A, Z_v + at * RV, squares_v, scales, matrix, n, 1, z_v, ranks_v, cols, q, rate_v, on,
-        S_TYPE, RV, OUT, BLOCK_V, R_BLOCKS == 1, SQUARE_PRECISION,
-    )  # fmt: skip
+    z_m = z_m if NEGATE else -z_m
+    z_v = -z_v
+    if R_BLOCKS == 1:  # in the place of the old factors, whose columns nobody else reads
+        next_right(
+            m_A, squares_m, scales, matrix, n, 0, z_m, cols, q, rate_m, on,
+            S_TYPE, RM, BLOCK_M, OUT, SQUARE_PRECISION,
+        )  # fmt: skip
+        next_right(
+            v_A, squares_v, scales, matrix, n, 1, z_v, cols, q, rate_v, on,
+            S_TYPE, RV, BLOCK_V, OUT, SQUARE_PRECISION,
+        )  # fmt: skip
+    else:
+        at = right_offset(matrices, matrix, RM)
+        right_scratch(Z_m + at * RM, ranks_m, cols, q, RM, z_m)
+        right_scratch(Z_v + at * RV, ranks_v, cols, q, RV, z_v)

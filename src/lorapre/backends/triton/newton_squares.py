@@ -50,14 +50,15 @@ def right_offset(matrices, matrix, RM: tl.constexpr):
 
 
 @triton.jit
-def scratch_tile(base, rows, ranks, p, R: tl.constexpr, values):
-    tl.store(base + (rows[:, None] * R + ranks[None, :]), values, mask=(rows < p)[:, None] & (ranks < R)[None, :])
-
-
-@triton.jit
 def root_of(scales, matrix, n, moment, side):
     """The square root of the size of an inverse, float32."""
     return tl.sqrt(tl.load(scales + (moment * n + matrix) * 3 + side)).to(tl.float32)
+
+
+@triton.jit
+def gauge_of(scales, matrix, n, moment):
+    """By which the left factor is divided and the right one multiplied, float32."""
+    return tl.load(scales + (moment * n + matrix) * 3 + 2).to(tl.float32)
 
 
 @triton.jit
@@ -258,6 +259,36 @@ def invert(
 
 
 @triton.jit
+def left_target(
+    source,
+    squares,
+    scales,
+    matrix,
+    n,
+    moment,
+    rows,
+    p,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """H A^T (A A^T + delta I)^-1 in these rows, of all ranks, from H A^T in ``source``."""
+    ranks = tl.arange(0, BLOCK_R)
+    root = root_of(scales, matrix, n, moment, 0)
+    total = tl.zeros((BLOCK, BLOCK_R), tl.float32)
+    for first in range(0, BLOCK_R, INNER):
+        inner = first + tl.arange(0, INNER)
+        y = tl.load(
+            source + (rows[:, None] * R + inner[None, :]), mask=(rows < p)[:, None] & (inner < R)[None, :], other=0.0
+        )
+        inverse = inverse_tile(squares, scales, matrix, n, moment, 0, inner, ranks, R)
+        total = tl.dot(y / root, inverse, total, input_precision=PRECISION)
+    return total / root
+
+
+@triton.jit
 def targets(
     matrices,
     items,
@@ -271,12 +302,12 @@ def targets(
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
-    OUT: tl.constexpr,
+    INNER: tl.constexpr,
     FIRST: tl.constexpr,
     MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The left target H A^T (A A^T + delta I)^-1 in the place of H A^T, and in ``parts`` its squares."""
+    """The left target in the place of H A^T, and in ``parts`` its squares."""
     pid = tl.program_id(0)
     local = pid % MOMENTS
     item = pid // MOMENTS
@@ -286,19 +317,49 @@ def targets(
     rows = tile * BLOCK + tl.arange(0, BLOCK)
     ranks = tl.arange(0, BLOCK_R)
     base = Y + local * offset + field(matrices, matrix, ROWS) * R
-    root = root_of(scales, matrix, n, FIRST + local, 0)
-    y = tl.load(base + (rows[:, None] * R + ranks[None, :]), mask=(rows < p)[:, None] & (ranks < R)[None, :], other=0.0)
-    y = y / root
-    total = tl.zeros((BLOCK,), tl.float64)
+    mine = squares + local * n * 2 * R * R
+    target = left_target(
+        base, mine, scales, matrix, n, FIRST + local, rows, p, R, BLOCK_R, BLOCK, INNER, PRECISION
+    )  # fmt: skip
     tl.debug_barrier()
+    tl.store(base + (rows[:, None] * R + ranks[None, :]), target, mask=(rows < p)[:, None] & (ranks < R)[None, :])
+    wide = target.to(tl.float64)
+    total = tl.sum(tl.sum(wide * wide, axis=1), axis=0)
+    tl.store(parts + (tl.load(starts + matrix) + tile).to(tl.int64) * MOMENTS + local, total)
+
+
+@triton.jit
+def next_right(
+    base,
+    squares,
+    scales,
+    matrix,
+    n,
+    moment,
+    z,
+    cols,
+    q,
+    rate,
+    on,
+    S_TYPE: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    OUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Equation (2) in these columns from ``z``, B^T H, of all ranks: OUT rows of the factor at once."""
+    ranks = tl.arange(0, BLOCK_R)
+    root = root_of(scales, matrix, n, moment, 1)
+    gauge = gauge_of(scales, matrix, n, moment)
+    scaled = z / root
     for first in range(0, BLOCK_R, OUT):
         out = first + tl.arange(0, OUT)
-        inverse = inverse_tile(squares + local * n * 2 * R * R, scales, matrix, n, FIRST + local, 0, ranks, out, R)
-        target = tl.dot(y, inverse, input_precision=PRECISION) / root
-        scratch_tile(base, rows, out, p, R, target)
-        wide = target.to(tl.float64)
-        total += tl.sum(wide * wide, axis=1)
-    tl.store(parts + (tl.load(starts + matrix) + tile).to(tl.int64) * MOMENTS + local, tl.sum(total, axis=0))
+        there = out[:, None] * q + cols[None, :]
+        inverse = inverse_tile(squares, scales, matrix, n, moment, 1, out, ranks, R)
+        target = tl.dot(inverse, scaled, input_precision=PRECISION) / root
+        old = tl.load(base + there, mask=(cols < q)[None, :] & (out < R)[:, None], other=0.0).to(tl.float32)
+        new = nearest((old + rate * (target - old)) * gauge, S_TYPE)
+        tl.store(base + there, new, mask=(cols < q)[None, :] & (out < R * on)[:, None])
 
 
 @triton.jit
@@ -321,17 +382,15 @@ def finish(
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
-    OUT: tl.constexpr,
+    INNER: tl.constexpr,
     RM: tl.constexpr,
     FIRST: tl.constexpr,
     MOMENTS: tl.constexpr,
     DONE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Equations (1) and (2) from H A^T in ``Y``, or from the left target if DONE, and from B^T H in ``Z``.
-
-    ``right_programs`` is 0 where pass 2 has done (2).
-    """
+    """The left factors' next step from H A^T in ``Y``, or from the left target if DONE, equation (1); and the right
+    ones', (2), from B^T H in ``Z``, of which there are no programs where pass 2 took it."""
     pid = tl.program_id(0)
     local = pid % MOMENTS
     moment = FIRST + local
@@ -343,42 +402,38 @@ def finish(
     ranks = tl.arange(0, BLOCK_R)
     on = (tl.load(coefficients + matrix * WIDTH + ON) != 0).to(tl.int32)
     rate = tl.where(moment == 0, rate_m, rate_v)
-    gauge = tl.load(scales + (moment * n + matrix) * 3 + 2).to(tl.float32)
+    gauge = gauge_of(scales, matrix, n, moment)
     mine = squares + local * n * 2 * R * R
     if left:
         p = size_of(matrices, matrix, P)
-        base = factor_of(matrices, matrix, moment, 1, S_TYPE)
+        B_base = factor_of(matrices, matrix, moment, 1, S_TYPE)
+        rows_there = at[:, None] * R + ranks[None, :]
+        ranked = (ranks < R)[None, :]
         source = Y + local * left_offset + field(matrices, matrix, ROWS) * R
-        root = root_of(scales, matrix, n, moment, 0)
-        lines = (at < p)[:, None]
-        if not DONE:
-            x = tl.load(source + (at[:, None] * R + ranks[None, :]), mask=lines & (ranks < R)[None, :], other=0.0)
-            x = x / root
-        for first in range(0, BLOCK_R, OUT):
-            out = first + tl.arange(0, OUT)
-            there = at[:, None] * R + out[None, :]
-            inside = lines & (out < R)[None, :]
-            if DONE:
-                target = tl.load(source + there, mask=inside, other=0.0)
-            else:
-                inverse = inverse_tile(mine, scales, matrix, n, moment, 0, ranks, out, R)
-                target = tl.dot(x, inverse, input_precision=PRECISION) / root
-            old = tl.load(base + there, mask=inside, other=0.0).to(tl.float32)
-            new = nearest((old + rate * (target - old)) / gauge, S_TYPE)
-            tl.store(base + there, new, mask=(at < p * on)[:, None] & (out < R)[None, :])
+        if DONE:
+            row_target = tl.load(source + rows_there, mask=(at < p)[:, None] & ranked, other=0.0)
+        else:
+            row_target = left_target(
+                source, mine, scales, matrix, n, moment, at, p, R, BLOCK_R, BLOCK, INNER, PRECISION
+            )  # fmt: skip
+        old_rows = tl.load(B_base + rows_there, mask=(at < p)[:, None] & ranked, other=0.0).to(tl.float32)
+        new_rows = nearest((old_rows + rate * (row_target - old_rows)) / gauge, S_TYPE)
+        tl.store(B_base + rows_there, new_rows, mask=(at < p * on)[:, None] & ranked)
     else:
         q = size_of(matrices, matrix, Q)
-        base = factor_of(matrices, matrix, moment, 0, S_TYPE)
-        source = Z + local * right_shift + right_offset(matrices, matrix, RM) * R
+        A_base = factor_of(matrices, matrix, moment, 0, S_TYPE)
+        cols_there = ranks[:, None] * q + at[None, :]
+        inside = (ranks < R)[:, None] & (at < q)[None, :]
+        place = Z + local * right_shift + right_offset(matrices, matrix, RM) * R
         root = root_of(scales, matrix, n, moment, 1)
-        lines = (at < q)[None, :]
-        x = tl.load(source + (ranks[:, None] * q + at[None, :]), mask=lines & (ranks < R)[:, None], other=0.0) / root
-        for first in range(0, BLOCK_R, OUT):
-            out = first + tl.arange(0, OUT)
-            there = out[:, None] * q + at[None, :]
-            inside = lines & (out < R)[:, None]
-            inverse = inverse_tile(mine, scales, matrix, n, moment, 1, out, ranks, R)
-            target = tl.dot(inverse, x, input_precision=PRECISION) / root
-            old = tl.load(base + there, mask=inside, other=0.0).to(tl.float32)
-            new = nearest((old + rate * (target - old)) * gauge, S_TYPE)
-            tl.store(base + there, new, mask=(at < q * on)[None, :] & (out < R)[:, None])
+        total = tl.zeros((BLOCK_R, BLOCK), tl.float32)
+        for first in range(0, BLOCK_R, INNER):
+            inner = first + tl.arange(0, INNER)
+            z = tl.load(
+                place + (inner[:, None] * q + at[None, :]), mask=(inner < R)[:, None] & (at < q)[None, :], other=0.0
+            )
+            inverse = inverse_tile(mine, scales, matrix, n, moment, 1, ranks, inner, R)
+            total = tl.dot(inverse, z / root, total, input_precision=PRECISION)
+        old_cols = tl.load(A_base + cols_there, mask=inside, other=0.0).to(tl.float32)
+        new_cols = nearest((old_cols + rate * (total / root - old_cols)) * gauge, S_TYPE)
+        tl.store(A_base + cols_there, new_cols, mask=(ranks < R * on)[:, None] & (at < q)[None, :])

@@ -87,19 +87,24 @@ UPDATE: tuple[tuple[int, int, Blocks], ...] = ((MAX_RANK, 4, Blocks(32, 64, 128,
 #: accumulator of its own.
 NEWTON_PROJECT: tuple[tuple[int, int, Blocks], ...] = (
     (32, 4, Blocks(64, 64, 0, 4, 3)),
+    (64, 2, Blocks(128, 32, 0, 8, 3)),
     (64, 4, Blocks(64, 32, 0, 4, 3)),
-    (MAX_RANK, 4, Blocks(64, 32, 128, 8, 3)),
+    (MAX_RANK, 4, Blocks(128, 32, 128, 8, 3)),
 )
 NEWTON_UPDATE: tuple[tuple[int, int, Blocks], ...] = (
-    (64, 4, Blocks(64, 64, 0, 8, 2)),
-    (MAX_RANK, 4, Blocks(32, 64, 128, 8, 2)),
+    (MAX_RANK, 2, Blocks(32, 64, 128, 8, 3)),
+    (64, 4, Blocks(64, 64, 128, 8, 3)),
+    (MAX_RANK, 4, Blocks(32, 64, 128, 8, 3)),
 )
+
+#: Ranks at once of two products in the second pass: rows of the next right factor, and of a momentum cut into blocks.
+NEWTON_PARTS = (16, 32)
 
 #: Gram matrices: their block of ranks at most, numbers of a factor's other side at once.
 NEWTON_GRAM = Blocks(32, 0, 64, 4, 3)
 
 #: Inverses: columns that are eliminated at once, columns of a product.
-NEWTON_INVERT = Blocks(32, 128, 0, 4, 1)
+NEWTON_INVERT = Blocks(32, 64, 0, 4, 1)
 
 
 def blocks(table: tuple[tuple[int, int, Blocks], ...], rank: int, itemsize: int) -> Blocks:
@@ -161,9 +166,9 @@ def scratch_bytes(view: MatrixView, state_dtype: torch.dtype) -> int:
 
 
 def square_blocks(rank: int) -> Blocks:
-    """Rows of a factor at once that are multiplied by an (r, r) inverse, and ``cols`` of the result at once."""
+    """Rows of a factor at once that are multiplied by an (r, r) inverse, of which ``cols`` rows at once."""
     whole = padded(rank)
-    return Blocks(32 if whole <= 128 else 16, max(16, min(whole, 4096 // whole)), whole, 8 if whole > 32 else 4, 1)
+    return Blocks(max(16, min(64, 4096 // whole)), max(16, min(whole, 2048 // whole)), whole, 8 if whole > 32 else 4, 1)
 
 
 def newton_scratch_bytes(view: MatrixView, second_rank: int) -> int:
