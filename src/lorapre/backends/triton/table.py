@@ -92,9 +92,10 @@ NEWTON_PROJECT: tuple[tuple[int, int, Blocks], ...] = (
     (MAX_RANK, 4, Blocks(128, 32, 128, 8, 3)),
 )
 NEWTON_UPDATE: tuple[tuple[int, int, Blocks], ...] = (
-    (MAX_RANK, 2, Blocks(32, 64, 128, 8, 3)),
+    (128, 2, Blocks(32, 64, 128, 8, 3)),
     (64, 4, Blocks(64, 64, 128, 8, 3)),
-    (MAX_RANK, 4, Blocks(32, 64, 128, 8, 3)),
+    (128, 4, Blocks(32, 64, 128, 8, 3)),
+    (MAX_RANK, 4, Blocks(32, 64, 128, 8, 2)),
 )
 
 #: Ranks at once of two products in the second pass: rows of the next right factor, and of a momentum cut into blocks.
