@@ -21,6 +21,7 @@ from lorapre.backends import triton as backend
 from lorapre.backends.batches import Bucket
 from lorapre.backends.triton import table
 from lorapre.backends.triton.layout import COLUMNS, Layouts, Matrices, P, Q, W
+from lorapre.optim.adamw import PAPER_PRESET
 from lorapre.routing import MatrixView
 
 pytestmark = needs_triton
@@ -162,7 +163,13 @@ def test_what_the_kernels_cannot_do_is_said_in_words(device: torch.device) -> No
     assert reason(dtype=torch.bfloat16) is None
     assert "float64" in str(reason(dtype=torch.float64))
     assert "float64" in str(reason(state_dtype=torch.float64))
-    assert "newton" in str(reason(regression="newton"))
+    assert "v_row" in str(reason(regression="newton"))
+    assert reason(regression="newton", second_moment="hadamard") is None
+    clipping = reason(regression="newton", second_moment="hadamard", update_clipping=True)
+    assert "update_clipping=True" in str(clipping)
+    assert reason(**PAPER_PRESET) is None
+    assert reason(**PAPER_PRESET, dtype=torch.bfloat16) is None
+    assert "514" in str(reason((515, 516), **PAPER_PRESET, second_moment_rank=514))
     assert "tangent" in str(reason(regression="tangent"))
     assert "v_A" in str(reason(second_moment="hadamard"))
     assert "exp_avg_sq" in str(reason(second_moment="full"))
