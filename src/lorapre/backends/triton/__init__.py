@@ -77,6 +77,8 @@ def _unsupported_option(bucket: Bucket, hyper: AdamHyperparameters, stochastic_r
             f"the state {', '.join(sorted(bucket.state))}; with regression={regression!r} the kernels keep m in "
             f"factors and {kept} only"
         )
+    if regression == "newton" and torch.version.hip is not None:
+        return "regression='newton' on an AMD GPU, for which Triton has no products of float64"
     if regression == "newton" and hyper.update_clipping:
         return "update_clipping=True; with regression='newton' the kernels form v once, together with the update"
     if regression == "subspace" and hyper.residual_gain < _LEAST_GAIN:

@@ -202,7 +202,7 @@ class _Step:
                 BLOCK_R=block.rank,
                 BLOCK=block.rows,
                 INNER=block.cols,
-                PRECISION=self._square_precision,
+                PRECISION=table.NEWTON_PRECISION["squares"],
                 **moments,
                 **table.launch(block),
             )
@@ -245,7 +245,7 @@ class _Step:
                 G_ALIGNED=G_aligned,
                 PRECISION=self._precision,
                 MOMENT_PRECISION=table.NEWTON_PRECISION["moments"],
-                SQUARE_PRECISION=self._square_precision,
+                SQUARE_PRECISION=table.NEWTON_PRECISION["squares"],
                 **self._ranks(block),
                 **table.launch(block),
             )
@@ -276,12 +276,7 @@ class _Step:
                 INNER=block.cols,
                 RM=self.ranks[0],
                 DONE=self.relative or self.residual,
-                PRECISION=self._square_precision,
+                PRECISION=table.NEWTON_PRECISION["squares"],
                 **moments,
                 **table.launch(block),
             )
-
-    @property
-    def _square_precision(self) -> str:
-        # AMD's compiler has no tf32x3
-        return "ieee" if torch.version.hip is not None else table.NEWTON_PRECISION["squares"]

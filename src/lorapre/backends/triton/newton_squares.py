@@ -81,6 +81,16 @@ def factor_of(matrices, matrix, moment, side, dtype: tl.constexpr):
 
 
 @triton.jit
+def in_float64(x, dtype: tl.constexpr):
+    wide = x
+    if dtype != tl.float32:
+        # A sum over one is what the compiler does not look through: for a product of numbers that were loaded as 16
+        # bits it would choose a layout that float64 has not, and fail.
+        wide = tl.sum(x.to(tl.float32)[None, :, :], axis=0)
+    return wide.to(tl.float64)
+
+
+@triton.jit
 def gram(
     matrices,
     squares,
@@ -117,7 +127,7 @@ def gram(
             inside = (at < length)[None, :]
             x = tl.load(base + (i[:, None] * length + at[None, :]), mask=inside & (i < R)[:, None], other=0.0)
             y = tl.load(base + (j[:, None] * length + at[None, :]), mask=inside & (j < R)[:, None], other=0.0)
-            total = tl.dot(x.to(tl.float64), tl.trans(y.to(tl.float64)), total, out_dtype=tl.float64)
+            total = tl.dot(in_float64(x, S_TYPE), tl.trans(in_float64(y, S_TYPE)), total, out_dtype=tl.float64)
     else:
         length = size_of(matrices, matrix, P)
         for start in range(0, length, BLOCK):
@@ -125,7 +135,7 @@ def gram(
             inside = (at < length)[:, None]
             x = tl.load(base + (at[:, None] * R + i[None, :]), mask=inside & (i < R)[None, :], other=0.0)
             y = tl.load(base + (at[:, None] * R + j[None, :]), mask=inside & (j < R)[None, :], other=0.0)
-            total = tl.dot(tl.trans(x.to(tl.float64)), y.to(tl.float64), total, out_dtype=tl.float64)
+            total = tl.dot(tl.trans(in_float64(x, S_TYPE)), in_float64(y, S_TYPE), total, out_dtype=tl.float64)
     out = squares + ((local * n + matrix) * 2 + side) * R * R
     inside = (i < R)[:, None] & (j < R)[None, :]
     tl.store(out + i[:, None] * R + j[None, :], total, mask=inside)
