@@ -49,20 +49,23 @@ CASES = [
     Case("wide", ((20, 70),), rank=18, steps=2),
     Case("odd, rank 1", ONE, rank=1, steps=2),
     Case("odd, rank close to the smaller side", ONE, rank=15, steps=2),
-    Case("v of a higher rank than m", ONE, options={"second_moment_rank": 9}, steps=2),
+    Case(
+        "v of a higher rank than m", ONE, options={"second_moment_rank": 9, "eps_mode": "relative", "eps": 0.3}, steps=2
+    ),
     Case("v of a lower rank than m", ONE, rank=9, steps=2, options={"second_moment_rank": 2, **RELATIVE}),
     Case("two shapes", ((17, 33), (40, 20)), steps=2),
     Case("a stack on the device", ((2, 17, 33),), steps=2, options={"capturable": True}),
     Case("a convolution", ((12, 5, 3, 3),), steps=2),
     Case("transposed", ((33, 50),), steps=2, transposed_weights=True, transposed_grads=True),
-    Case("transposed gradients of plain weights", ((32, 48),), steps=2, transposed_grads=True),
     Case("a residual gain, three steps", ONE, options={"residual_gain": 2.0}),
-    Case("no residual", ONE, steps=2, options={"residual_gain": 0.0, "second_moment_rank": 3}),
+    Case("no residual, no memory", ONE, steps=2, options={"residual_gain": 0.0, "betas": (0.0, 0.9)}),
     Case("relative damping", ONE, options={**RELATIVE, "residual_gain": 0.5}, steps=2),
-    Case("relative eps", ONE, options={"eps_mode": "relative", "eps": 0.3}, steps=2),
-    Case("exact bias correction, bounded", ONE, options={"bias_correction": "exact", "bounded": True}, steps=2),
-    Case("betas", ONE, options={"betas": (0.5, 0.999), "scale": 1.0}, steps=2),
-    Case("no memory in m", ONE, steps=2, options={"betas": (0.0, 0.9)}),
+    Case(
+        "betas, exact bias correction, bounded",
+        ONE,
+        steps=2,
+        options={"betas": (0.5, 0.999), "scale": 1.0, "bias_correction": "exact", "bounded": True},
+    ),
     Case("gradients missing", PAIR, missing=frozenset({(0, 0), (1, 1)}), options={"nonfinite": "skip"}, steps=2),
     Case(
         "gradients missing, on the device, with everything else",
@@ -288,8 +291,9 @@ def test_scratch_beyond_the_limit_is_used_in_turns_that_change_nothing(
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("rank", [4, 20, 36])
-@pytest.mark.parametrize("kind", ["plain", "ill-conditioned", "zeros", "of rank 2"])
+@pytest.mark.parametrize(
+    ("rank", "kind"), [(4, "plain"), (36, "plain"), (36, "ill-conditioned"), (20, "zeros"), (36, "of rank 2")]
+)
 def test_the_inverse_is_that_of_the_shifted_gram_matrix(rank: int, kind: str, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(rank)
     X = torch.randn(2, 2, rank, 90, generator=generator, dtype=torch.float64)
