@@ -37,7 +37,7 @@ from test_triton_adamw import Case, transposed
 from test_triton_limits import Watch, isolated
 
 if backend.unavailable("cpu") is None or torch.cuda.is_available():
-    from lorapre.backends.triton import elements, newton, newton_kernels, newton_squares
+    from lorapre.backends.triton import elements, newton, newton_inverses, newton_kernels, newton_squares
 
 pytestmark = needs_triton
 
@@ -306,7 +306,7 @@ def test_the_inverse_is_that_of_the_shifted_gram_matrix(rank: int, kind: str, de
     gram = X @ X.mT  # (n, 2, r, r)
     squares, scales = gram.clone().to(device), torch.empty(2, 2, 3, dtype=torch.float64, device=device)
     block = table.NEWTON_INVERT
-    newton_squares.invert[(4,)](
+    newton_inverses.invert[(4,)](
         squares, scales, scales, torch.zeros(3, dtype=torch.int32, device=device), 2, 1e-3, 0.1, 0.1, R=rank,
         BLOCK=block.rows, COLS=block.cols, WIDE=table.padded(rank), FIRST=0, MOMENTS=1, FIRST_SIDE=0, SIDES=2,
         RELATIVE=False,
@@ -348,9 +348,9 @@ def test_launches_do_not_depend_on_how_many_shapes_there_are(
 
         with monkeypatch.context() as patch:
             for module, name in (
-                (newton_squares, "gram"),
-                (newton_squares, "overlap"),
-                (newton_squares, "invert"),
+                (newton_inverses, "gram"),
+                (newton_inverses, "overlap"),
+                (newton_inverses, "invert"),
                 (newton_squares, "targets"),
                 (newton_squares, "finish"),
                 (newton_kernels, "project"),
@@ -375,7 +375,7 @@ import triton.language as tl
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lorapre.backends.triton import newton_kernels, newton_squares, table
+from lorapre.backends.triton import newton_inverses, newton_kernels, newton_squares, table
 
 def build(kernel, target, blocks, **constants):
     names = kernel.arg_names
@@ -394,12 +394,12 @@ for target, rank, kind in ((GPUTarget("cuda", 80, 32), 40, tl.float32), (GPUTarg
     whole = table.padded(rank)
     both = dict(FIRST=0, MOMENTS=2)
     block = table.NEWTON_GRAM
-    made = build(newton_squares.gram, target, block, S_TYPE=kind, R=rank, BLOCK_R=16, BLOCK=block.rows, **both)
+    made = build(newton_inverses.gram, target, block, S_TYPE=kind, R=rank, BLOCK_R=16, BLOCK=block.rows, **both)
     print("mma" in made.asm["ptx"])
     block = table.NEWTON_INVERT
-    build(newton_squares.invert, target, block, R=rank, BLOCK=16, COLS=16, WIDE=whole, FIRST_SIDE=0, SIDES=2,
+    build(newton_inverses.invert, target, block, R=rank, BLOCK=16, COLS=16, WIDE=whole, FIRST_SIDE=0, SIDES=2,
           RELATIVE=True, **both)
-build(newton_squares.overlap, target, block, R=rank, BLOCK=1024)
+build(newton_inverses.overlap, target, block, R=rank, BLOCK=1024)
 block = table.square_blocks(rank)
 common = dict(R=rank, BLOCK_R=whole, BLOCK=block.rows, INNER=block.cols, PRECISION="tf32x3", **both)
 build(newton_squares.targets, target, block, **common)

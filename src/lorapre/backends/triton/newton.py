@@ -13,7 +13,7 @@ from torch import Tensor
 from lorapre import factors
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
-from lorapre.backends.triton import newton_kernels, newton_squares, table
+from lorapre.backends.triton import newton_inverses, newton_kernels, newton_squares, table
 from lorapre.backends.triton.adamw import _TYPES, turns
 from lorapre.backends.triton.coefficients import coefficients
 from lorapre.backends.triton.layout import Layouts, Work
@@ -78,7 +78,7 @@ class _Step:
     def run(self) -> None:
         self._grams()
         if self.hyper.relative_eps:
-            newton_squares.overlap[(self.n,)](
+            newton_inverses.overlap[(self.n,)](
                 self.squares[1], self.overlaps, R=self.ranks[1], BLOCK=min(1024, table.ELEMENTS)
             )
         self._invert((0,) if self.relative else (0, 1))
@@ -126,7 +126,7 @@ class _Step:
         for first, moments in self._moments():
             width = min(block.rank, table.padded(self.ranks[first]))
             count = math.ceil(self.ranks[first] / width)
-            newton_squares.gram[(self.n * 2 * moments["MOMENTS"] * (count * (count + 1) // 2),)](
+            newton_inverses.gram[(self.n * 2 * moments["MOMENTS"] * (count * (count + 1) // 2),)](
                 self.matrices.table,
                 self.squares[first],
                 self.n,
@@ -143,7 +143,7 @@ class _Step:
             whole = table.padded(self.ranks[first])
             targets = self.relative and 1 in sides
             work = self._work(self.matrices.p, rows(self.ranks[first]).rows) if targets else self.row_work
-            newton_squares.invert[(self.n * len(sides) * moments["MOMENTS"],)](
+            newton_inverses.invert[(self.n * len(sides) * moments["MOMENTS"],)](
                 self.squares[first],
                 self.scales,
                 self.target_parts[first] if targets else self.scales,

@@ -3,7 +3,7 @@
 Both moments are factored, m_B m_A of rank RM and (v_B v_A)^2 of rank RV, and follow G and |G| by equations (1) and (2)
 of `lorapre.reference`. Every right-hand side reads the factors of step t - 1, so that two reads of G serve all: one by
 rows, for H A^T, and one by columns, for B^T H, the update and W. What they are multiplied by, the inverses of
-`lorapre.backends.triton.newton_squares`, depends on the old factors alone and is there before.
+`lorapre.backends.triton.newton_inverses`, depends on the old factors alone and is there before.
 
 The plan, per number of G in float32: 16 bytes (G twice, W read and written) and 12 r operations, four projections
 and two reconstructions. On an H100 memory bounds below r = 100, tf32 above. A program holds two accumulators, one a
