@@ -7,7 +7,8 @@ rows, for H A^T, and one by columns, for B^T H, the update and W. What they are 
 
 The plan, per number of G in float32: 16 bytes (G twice, W read and written) and 12 r operations, four projections
 and two reconstructions. On an H100 memory bounds below r = 100, tf32 above. A program holds two accumulators, one a
-moment, of tile x rank: 64 x 128 twice are 64 registers a thread of 8 warps. Higher ranks are cut into blocks, of which
+moment, of tile x rank: 64 x 128 twice are 64 registers a thread of 8 warps, all that pass 2 has room for; pass 1 takes
+128 x 128 twice. Higher ranks are cut into blocks, of which
 neighbours in the grid read the same G. A factor's tile is read by every program of its matrix, from the L2 cache:
 2 * 4 * rank / tile bytes per number of G, hence tiles of 64 and more along the side that a program keeps.
 """
