@@ -44,12 +44,48 @@ def scalars_as_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
+@pytest.fixture(autouse=True)
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter holds bfloat16 as 16 bits, of which it would multiply the integers."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.create_dot
+
+    def widened(value: Any) -> Any:
+        if value.dtype.scalar != tl.bfloat16:
+            return value
+        bits = torch.from_numpy(value.data.copy()).view(torch.bfloat16)
+        return interpreter.TensorHandle(bits.float().numpy(), tl.float32)
+
+    def patched(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return original(self, widened(a), widened(b), *rest)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", patched)
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float32's own products on a GPU too: nothing can be said of TF32's at 1e-5."""
+    for use in ("newton", "moments", "squares"):
+        monkeypatch.setitem(table.NEWTON_PRECISION, use, "ieee")
+    for use in table.PRECISION:
+        monkeypatch.setitem(table.PRECISION, use, "ieee")
+
+
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 16 ranks at most, and chunks of 64 rows."""
     block = table.Blocks(32, 32, 16, 4, 1)
     monkeypatch.setattr(table, "PROJECT", ((table.MAX_RANK, 4, block),))
     monkeypatch.setattr(table, "UPDATE", ((table.MAX_RANK, 4, block),))
+    monkeypatch.setattr(table, "NEWTON_PROJECT", ((table.MAX_RANK, 4, block),))
+    monkeypatch.setattr(table, "NEWTON_UPDATE", ((table.MAX_RANK, 4, block),))
+    monkeypatch.setattr(table, "NEWTON_PARTS", (16, 16))
+    monkeypatch.setattr(table, "NEWTON_GRAM", table.Blocks(32, 0, 16, 4, 1))
+    monkeypatch.setattr(table, "NEWTON_INVERT", table.Blocks(16, 16, 0, 4, 1))
     monkeypatch.setattr(table, "CHUNK", 64)
     monkeypatch.setattr(table, "ELEMENTS", 512)
 

@@ -67,17 +67,17 @@ def test_auto_is_batched_torch_on_a_cpu_and_the_kernels_on_a_gpu(device: torch.d
 def test_what_only_batched_torch_can_do_is_refused_by_the_kernels_and_logged_by_auto(
     device: torch.device, calls: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match=r"backend='triton' cannot step .*\(17, 33\): regression='newton'.*'auto'"):
-        trained(device, backend="triton", regression="newton")
+    with pytest.raises(ValueError, match=r"backend='triton' cannot step .*\(17, 33\): regression='tangent'.*'auto'"):
+        trained(device, backend="triton", regression="tangent")
     assert calls == []
     monkeypatch.setattr(dispatch, "_on_gpu", lambda bucket: True)
     monkeypatch.setattr(dispatch, "_said", set())
     with caplog.at_level(logging.INFO, logger="lorapre"):
-        trained(device, regression="newton")
+        trained(device, regression="tangent")
     assert set(calls) == {"eager"}
     said = sorted(record.getMessage() for record in caplog.records)
     assert len(said) == 2, "once for each shape, not at every step"
-    assert all("plain torch: regression='newton'" in message for message in said)
+    assert all("plain torch: regression='tangent'" in message for message in said)
     assert "(17, 33)" in said[0]
     assert "(3, 12, 20)" in said[1]
 

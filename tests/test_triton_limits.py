@@ -21,6 +21,7 @@ from lorapre.backends import triton as backend
 from lorapre.backends.batches import Bucket
 from lorapre.backends.triton import table
 from lorapre.backends.triton.layout import COLUMNS, IN_ROWS, ROWS_ALIGNED, STATE, Layouts, Matrices, P, Q, W
+from lorapre.optim.adamw import PAPER_PRESET
 from lorapre.routing import MatrixView
 
 pytestmark = needs_triton
@@ -165,7 +166,13 @@ def test_what_the_kernels_cannot_do_is_said_in_words(device: torch.device) -> No
     assert reason(dtype=torch.bfloat16) is None
     assert "float64" in str(reason(dtype=torch.float64))
     assert "float64" in str(reason(state_dtype=torch.float64))
-    assert "newton" in str(reason(regression="newton"))
+    assert "v_row" in str(reason(regression="newton"))
+    assert reason(regression="newton", second_moment="hadamard") is None
+    clipping = reason(regression="newton", second_moment="hadamard", update_clipping=True)
+    assert "update_clipping=True" in str(clipping)
+    assert reason(**PAPER_PRESET) is None
+    assert reason(**PAPER_PRESET, dtype=torch.bfloat16) is None
+    assert "514" in str(reason((515, 516), **PAPER_PRESET, second_moment_rank=514))
     assert "tangent" in str(reason(regression="tangent"))
     assert "v_A" in str(reason(second_moment="hadamard"))
     assert "exp_avg_sq" in str(reason(second_moment="full"))
@@ -256,7 +263,8 @@ for target, rank, kind, narrow, precision in (
           PRECISION=precision, **R)
     shared = dict(R, CHUNK=chunk, RIGHT_SIDE=True, X_IN_STATE=not narrow, Y_IN_STATE=not narrow, PRECISION=precision)
     block = table.product_blocks(rank)
-    build(bases.product, target, block, BLOCK_R=block.rank, BLOCK=block.rows, PARTS=2, SCALE=True, WITH_X=False, **shared)
+    build(bases.product, target, block, BLOCK_R=block.rank, BLOCK=block.rows, PARTS=2, SCALE=True, WITH_X=False,
+          **shared)
     block = table.apply_blocks(rank)
     build(bases.apply, target, block, BLOCK_R=whole, BLOCK=block.rows, OUT=block.cols, SCALE=True,
           GRAM=not narrow, CARRY=False, **shared)

@@ -1,5 +1,7 @@
 """LoRA-Pre Adam as Triton kernels: two passes over the gradients, with no scratch of a matrix's size.
 
+The defaults of `lorapre.LoRAPreAdamW` and its paper preset, each with what differs little from it.
+
 Importing this package needs no triton; `supports` says why a bucket cannot be stepped here, and imports it.
 """
 
@@ -21,6 +23,9 @@ _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Between two numbers of a matrix, a tile beyond its end included.
 _LARGEST_OFFSET = 2**31 - 2**24
+
+#: What is kept of a matrix, by the regression.
+_STATES = {"subspace": ["m_A", "m_B", "v_col", "v_row"], "newton": ["m_A", "m_B", "v_A", "v_B"]}
 
 #: Of the residual: m_B is found again from what took its place, divided by it (`elements.carry`).
 _LEAST_GAIN = 1e-3
@@ -63,14 +68,23 @@ def supports(bucket: Bucket, hyper: AdamHyperparameters, *, stochastic_rounding:
 
 
 def _unsupported_option(bucket: Bucket, hyper: AdamHyperparameters, stochastic_rounding: bool) -> str | None:
-    if hyper.regressor.regression != "subspace":
-        return f"regression={hyper.regressor.regression!r}; the kernels follow 'subspace' only"
-    if sorted(bucket.state) != ["m_A", "m_B", "v_col", "v_row"]:
-        return f"the state {', '.join(sorted(bucket.state))}; the kernels keep m in factors and v in rank 1 only"
-    if hyper.residual_gain < _LEAST_GAIN:
+    regression = hyper.regressor.regression
+    if regression not in _STATES:
+        return f"regression={regression!r}; the kernels follow 'subspace' and 'newton' only"
+    if sorted(bucket.state) != _STATES[regression]:
+        kept = "v in rank 1" if regression == "subspace" else "v as a square of factors"
+        return (
+            f"the state {', '.join(sorted(bucket.state))}; with regression={regression!r} the kernels keep m in "
+            f"factors and {kept} only"
+        )
+    if regression == "newton" and torch.version.hip is not None:
+        return "regression='newton' on an AMD GPU, for which Triton has no products of float64"
+    if regression == "newton" and hyper.update_clipping:
+        return "update_clipping=True; with regression='newton' the kernels form v once, together with the update"
+    if regression == "subspace" and hyper.residual_gain < _LEAST_GAIN:
         return f"residual_gain={hyper.residual_gain}; the kernels take back what it divides, from {_LEAST_GAIN} on"
-    if bucket.view.rank > table.MAX_RANK:
-        return f"rank {bucket.view.rank}, above {table.MAX_RANK}"
+    if max(_ranks(bucket)) > table.MAX_RANK:
+        return f"rank {max(_ranks(bucket))}, above {table.MAX_RANK}"
     if stochastic_rounding and bucket.params[0].dtype != torch.bfloat16:
         return f"stochastic rounding of {bucket.params[0].dtype}; it is for bfloat16"
     return None
@@ -98,13 +112,18 @@ def _unsupported_tensor(bucket: Bucket) -> str | None:
     return None
 
 
+def _ranks(bucket: Bucket) -> tuple[int, ...]:
+    """The rank of m, and that of v where it has one of its own."""
+    return (bucket.view.rank, *(tensors[0].shape[-2] for key, tensors in bucket.state.items() if key == "v_A"))
+
+
 def cohorts(buckets: Sequence[Bucket]) -> list[list[Bucket]]:
     """``buckets`` by all that must be equal within one launch, which is not their shape."""
     found: dict[object, list[Bucket]] = {}
     for bucket in buckets:
         step = None if isinstance(bucket.step, torch.Tensor) else bucket.step
         dtypes = bucket.params[0].dtype, bucket.grads[0].dtype, bucket.state["m_B"][0].dtype
-        key = (bucket.params[0].device, bucket.view.rank, dtypes, step, bucket.maximize)
+        key = (bucket.params[0].device, _ranks(bucket), dtypes, step, bucket.maximize)
         found.setdefault(key, []).append(bucket)
     return list(found.values())
 
@@ -117,7 +136,8 @@ def lorapre_adamw(
     stochastic_rounding: bool = False,
     seed: int = 0,
 ) -> None:
-    """One step of LoRA-Pre Adam for some buckets, in place; see `lorapre.backends.triton.adamw.step_buckets`.
+    """One step of LoRA-Pre Adam for some buckets, in place; see `lorapre.backends.triton.adamw.step_buckets`, or
+    `lorapre.backends.triton.newton.step_buckets` where the regression is the paper's.
 
     The result is that of `lorapre.backends.eager.lorapre_adamw` up to float32's rounding.
 
@@ -128,7 +148,8 @@ def lorapre_adamw(
         reason = supports(bucket, hyper, stochastic_rounding=stochastic_rounding)
         if reason is not None:
             raise ValueError(f"This bucket cannot be stepped by the Triton kernels: {reason}.")
-    from lorapre.backends.triton.adamw import step_buckets
+    from lorapre.backends.triton import adamw, newton
 
+    step = newton.step_buckets if hyper.regressor.regression == "newton" else adamw.step_buckets
     for cohort in cohorts(buckets):
-        step_buckets(cohort, hyper, layouts, seed=seed if stochastic_rounding else None)
+        step(cohort, hyper, layouts, seed=seed if stochastic_rounding else None)

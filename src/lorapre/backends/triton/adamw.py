@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -44,17 +44,17 @@ def step_buckets(buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts:
     """
     device = buckets[0].params[0].device
     with nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index):
-        for turn in _turns(buckets):
+        for turn in turns(buckets, lambda one: table.scratch_bytes(one.view, one.state["m_B"][0].dtype)):
             _Step(turn, hyper, layouts, seed).run()
 
 
-def _turns(buckets: Sequence[Bucket]) -> Iterator[list[Bucket]]:
-    """The buckets in parts whose scratch stays below the limit, or that are one parameter."""
+def turns(buckets: Sequence[Bucket], scratch: Callable[[Bucket], int]) -> Iterator[list[Bucket]]:
+    """The buckets in parts whose scratch stays below the limit, or that are one parameter, which needs ``scratch``."""
     limit = table.scratch_limit(sum(param.numel() * param.element_size() for one in buckets for param in one.params))
     turn: list[Bucket] = []
     used = 0
     for bucket in buckets:
-        each = table.scratch_bytes(bucket.view, bucket.state["m_B"][0].dtype)
+        each = scratch(bucket)
         start = 0
         while start < len(bucket.params):
             room = (limit - used) // each
@@ -102,7 +102,7 @@ class _Step:
         # m_B's place takes X, and m_A's takes L, where they can: nobody else needs them any more.
         self.X_in_state = self.S_dtype == torch.float32
         self.L_in_state = self.X_in_state and self.update_blocks.rank >= self.r
-        p, q = self.matrices.p, self.matrices.q
+        p = self.matrices.p
         self.U = self._empty(self.matrices.left)
         self.X = self.U if self.X_in_state else self._empty(self.matrices.left)
         self.L = self.U if self.L_in_state else self._empty(self.matrices.right)

@@ -256,14 +256,15 @@ def inverse_cholesky(
             tl.store(L + square, own, mask=in_square)
             tl.store(T_base + (wide[None, :] * R + rows[:, None]), row, mask=inside)
             tl.debug_barrier()
-    if LAST:
-        if works == 0:
-            tl.debug_barrier()
-            for block in range(0, BLOCKS):
-                rows = block * BLOCK + i
-                at = rows[:, None] * R + wide[None, :]
-                one = tl.where(rows[:, None] == wide[None, :], 1.0, 0.0)
-                tl.store(T_base + at, one, mask=(rows < R)[:, None] & (wide < R)[None, :])
+    keep = works  # what has no decomposition counts only in the last pass
+    if not LAST:
+        keep = 1
+    if keep == 0:
+        tl.debug_barrier()
+        for block in range(0, BLOCKS):
+            rows = block * BLOCK + i
+            one = tl.where(rows[:, None] == wide[None, :], 1.0, 0.0)
+            tl.store(T_base + (rows[:, None] * R + wide[None, :]), one, mask=(rows < R)[:, None] & (wide < R)[None, :])
     tl.debug_barrier()
 
     # The triangle L^T D of this pass, times that of the passes before it; row by row, of which later rows read none.
@@ -295,8 +296,7 @@ def inverse_cholesky(
                 )
                 own = tl.sum(tl.where(inner[:, None] == wide[None, :], length[None, :], 0.0), axis=1)
                 total += tl.dot(upper, old * own[:, None], input_precision=PRECISION)
-        if works != 0 or not LAST:
-            tl.store(before_base + at, total, mask=inside)
+        tl.store(before_base + at, total, mask=inside & (keep != 0))
         tl.debug_barrier()
 
 
@@ -382,9 +382,7 @@ def apply(
                 total = tl.dot(new, y, total, input_precision=PRECISION)
     if GRAM or CARRY:
         at = products + (tl.load(starts + matrix) + chunk).to(tl.int64) * R * R
-        tl.store(
-            at + (ranks[:, None] * R + ranks[None, :]), total, mask=(ranks < R)[:, None] & (ranks < R)[None, :]
-        )
+        tl.store(at + (ranks[:, None] * R + ranks[None, :]), total, mask=(ranks < R)[:, None] & (ranks < R)[None, :])
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from lorapre import factors
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
 from lorapre.backends.triton import elements
-from lorapre.factors import Coefficient
+from lorapre.factors import BiasCorrection, Coefficient
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,14 @@ class _Weights:
     step: Coefficient
 
     @classmethod
-    def at(cls, step: Coefficient, hyper: AdamHyperparameters) -> _Weights:
+    def at(cls, step: Coefficient, hyper: AdamHyperparameters, *, factored_v: bool) -> _Weights:
+        mode: BiasCorrection = hyper.bias_correction if factored_v else "paper"  # only a square lags behind
         keep, inside, outside = factors.average_weights(hyper.beta1, hyper.residual_gain, step)
         return cls(
             keep=keep,
             cross=inside - outside,
             outside=outside,
-            v_scale=1.0 / (1.0 - hyper.beta2**step),
+            v_scale=1.0 / factors.second_moment_correction(hyper.beta2, step, mode),
             rate=hyper.lr * hyper.scale,
             decay=1.0 - hyper.lr * hyper.weight_decay,
             step=step,
@@ -51,7 +52,7 @@ def coefficients(buckets: Sequence[Bucket], hyper: AdamHyperparameters, n: int, 
     step, enabled = buckets[0].step, buckets[0].enabled
     if isinstance(step, Tensor):
         step = torch.cat([_each(bucket) for bucket in buckets])
-    columns = _Weights.at(step, hyper).columns()
+    columns = _Weights.at(step, hyper, factored_v="v_B" in buckets[0].state).columns()
     numbers = [column for column in columns if not isinstance(column, Tensor)]
     if len(numbers) == len(columns):
         masked = enabled is not None

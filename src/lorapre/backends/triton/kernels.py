@@ -64,9 +64,9 @@ TINY = tl.constexpr(2.0**-126)
 CLOSING = tl.constexpr(8 * 2.0**-23)
 
 
-# Two hints decide how wide the memory is read: which numbers are neighbours, and that masks are uniform over them. The
-# compiler forgets a `tl.multiple_of` on an argument of a function when it is inlined, and so lengths are rounded down to
-# what they are multiples of anyway.
+# Two hints decide how wide the memory is read: which numbers are neighbours, and that masks are uniform over them.
+# The compiler forgets a `tl.multiple_of` on an argument of a function when it is inlined, and so lengths are rounded
+# down to what they are multiples of anyway.
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def project(
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Pass 1 over G, a program a block of rows: K = decay B + gain G A^T to ``U``, transposed, X = keep B + cross G A^T.
+    """Pass 1 over G, a program a block of rows: K = decay B + gain G A^T to ``U`` (by columns), X = keep B + cross G A^T.
 
     Besides ``row_sums`` of G^2, and in ``parts`` the sums of G^2 and of G^2 / v_hat and the largest |K| of the block.
     X takes the place of m_B where IN_STATE.
@@ -182,10 +182,16 @@ def project(
     left = field(matrices, matrix, LEFT) // 16 * 16
     # Zeros down to the end of the last line: who reads it need not ask where p ends.
     column = lines_of(p)
-    tl.store(U + left + (ranks[None, :] * column + rows[:, None]), k, mask=(rows < column)[:, None] & (ranks < R)[None, :])
+    tl.store(
+        U + left + (ranks[None, :] * column + rows[:, None]), k, mask=(rows < column)[:, None] & (ranks < R)[None, :]
+    )
     x = tl.load(row + KEEP) * b + tl.load(row + CROSS) * total
     if IN_STATE:
-        tl.store(base_of(matrices, matrix, B, tl.float32, ALIGNED) + at, x, mask=(rows < live)[:, None] & (ranks < R)[None, :])
+        tl.store(
+            base_of(matrices, matrix, B, tl.float32, ALIGNED) + at,
+            x,
+            mask=(rows < live)[:, None] & (ranks < R)[None, :],
+        )
     else:
         tl.store(X + left + at, x, mask=inside)
     first_of_ranks = (r_block == 0).to(tl.int32)

@@ -20,17 +20,18 @@ from lorapre.routing import MatrixView
 T = TypeVar("T")
 
 #: Columns of the table of matrices (n, COLUMNS), int64: addresses of W, G, m_B, m_A, v_row and v_col; sizes; strides
-#: in numbers; where the matrix begins in scratch of a left factor (r, p up to a multiple of 16), a right
-#: one (r, q) and rows (p) a matrix; its number in its bucket, and
-#: what tells buckets apart (both for stochastic rounding alone).
-(W, G, B, A, V_ROW, V_COL, P, Q, W_ROW, W_COL, G_ROW, G_COL, LEFT, RIGHT, ROWS, NUMBER, STREAM) = range(17)
+#: in numbers; where the matrix begins in scratch of a left factor (r, p up to a multiple of 16), a right one (r, q),
+#: rows (p) and columns (q) a matrix; its number in its bucket, and what tells buckets apart (both for stochastic
+#: rounding alone).
+(W, G, B, A, V_ROW, V_COL, P, Q, W_ROW, W_COL, G_ROW, G_COL, LEFT, RIGHT, ROWS, COLS, NUMBER, STREAM) = range(18)
 COLUMNS = 18
 
 #: Which numbers of a matrix are neighbours, and whether 16 bytes of them may be read at once; see `Place.order`.
 STRIDED, ROWS_ALIGNED, COLUMNS_ALIGNED, IN_ROWS, IN_COLUMNS = range(5)
 
-#: State in the order of its addresses in the table.
+#: State in the order of its addresses in the table; v's two factors take the place of its row and column means.
 STATE = ("m_B", "m_A", "v_row", "v_col")
+FACTORS = ("m_B", "m_A", "v_B", "v_A")
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,11 @@ class Layouts:
         addresses = tuple(
             tuple(
                 tuple(tensor.data_ptr() for tensor in tensors)
-                for tensors in (bucket.params, bucket.grads, *(bucket.state[key] for key in STATE))
+                for tensors in (bucket.params, bucket.grads, *(bucket.state[key] for key in state_of(bucket)))
             )
             for bucket in buckets
         )
-        shapes = tuple((bucket.view, bucket.first, _places(bucket)) for bucket in buckets)
+        shapes = tuple((bucket.view, bucket.first, _places(bucket), _numels(bucket)) for bucket in buckets)
         device = buckets[0].params[0].device
         return self._kept(("matrices", device, shapes, addresses), device, lambda: _matrices(buckets, addresses))
 
@@ -159,6 +160,16 @@ class Layouts:
         return found
 
 
+def state_of(bucket: Bucket) -> tuple[str, ...]:
+    """The keys of a bucket's state in the table's order."""
+    return FACTORS if "v_B" in bucket.state else STATE
+
+
+def _numels(bucket: Bucket) -> tuple[int, ...]:
+    """Numbers of each kind of state that one matrix has."""
+    return tuple(bucket.state[key][0].numel() // bucket.view.batch for key in state_of(bucket))
+
+
 def _places(bucket: Bucket) -> tuple[Place, Place]:
     places = place_of(bucket.params, bucket.view), place_of(bucket.grads, bucket.view)
     if places[0] is None or places[1] is None:
@@ -169,14 +180,14 @@ def _places(bucket: Bucket) -> tuple[Place, Place]:
 def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[int]]]) -> Matrices:
     rows: list[list[int]] = []
     kinds: list[tuple[int, int]] = []
-    left = right = before = 0
+    left = right = above = before = 0
     for bucket, lists in zip(buckets, addresses, strict=True):
         view = bucket.view
         p, q, r = view.p, view.q, view.rank
         places = _places(bucket)
         sizes = [bucket.params[0].element_size(), bucket.grads[0].element_size()]
         steps = [place.batch * size for place, size in zip(places, sizes, strict=True)]
-        steps += [numel * bucket.state[STATE[0]][0].element_size() for numel in (p * r, r * q, p, q)]
+        steps += [numel * bucket.state[STATE[0]][0].element_size() for numel in _numels(bucket)]
         aligned = [
             all((base + step * (view.batch > 1)) % 16 == 0 for base in bases)
             for bases, step in zip(lists, steps, strict=True)
@@ -192,10 +203,10 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
                 where = [base + i * step for base, step in zip(bases, steps, strict=True)]
                 # Buckets number their matrices alike: the shape tells their streams apart.
                 stream = (p * 2_654_435_761 + q) % 2**31
-                rows.append([*where, p, q, *strides, left, right, before, number, stream, 0])
+                rows.append([*where, p, q, *strides, left, right, above, before, number, stream])
                 kinds.append(kind)
                 left, right = left + r * lines(p), right + lines(r * q)
-                before, number = before + p, number + 1
+                above, before, number = above + p, before + q, number + 1
     table = _sent(torch.tensor(rows, dtype=torch.int64), buckets[0].params[0].device)
     sides = tuple(row[P] for row in rows), tuple(row[Q] for row in rows)
     return Matrices(table, *sides, tuple(kinds), left, right)
