@@ -63,7 +63,7 @@ def _registered(name: str) -> Make:
     """A row of the lab's registry, with its own choice for what is no matrix."""
 
     def make(module: nn.Module, rank: int | None) -> Optimizer:
-        config = PretrainConfig(optimizer=name, **({} if rank is None else {"rank": rank}))
+        config = PretrainConfig(optimizer=name, rank=0.25 if rank is None else rank)  # else it means nothing
         kind, keywords = find_optimizer(name, "--contestants").build(module, config, LR, LR)
         return kind(**keywords)
 

@@ -122,7 +122,8 @@ def origin_line(results: Results) -> str:
         products = " and ".join(f"{dtype} {rate / 1e12:.3g}" for dtype, rate in found["product_flops"].items())
         line += f" (copy {found['copy_bytes_per_second'] / 1e12:.3g} TB/s, products {products} TFLOP/s)"
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
-    dates = sorted({row.date for row in (*results.steps, *results.training) if row.date}) or [origin["date"][:10]]
+    made = {row.date for row in results.steps} | {row.date for row in results.training}
+    dates = sorted(made - {""}) or [origin["date"][:10]]
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     command = f"; `{origin['command'].strip()}`" if "command" in origin else ""
     return f"{line}, {when}, {versions}, seed {origin['seed']}{command}."

@@ -163,7 +163,7 @@ class Results:
 
     def has(self, key: tuple[Any, ...]) -> bool:
         """Whether there is a row of this key."""
-        return any(row.key == key for row in (*self.steps, *self.training))
+        return key in [row.key for row in self.steps] + [row.key for row in self.training]
 
     def add(self, row: StepRow | TrainingRow | Unmeasured) -> None:
         """Put ``row`` in place of one of the same key, or at the end, and write the file.
@@ -197,6 +197,7 @@ def _read(kind: type[_Row], row: dict[str, Any]) -> _Row:
 
 
 def _with(rows: list[_Row], row: _Row) -> list[_Row]:
-    if any(one.key == row.key for one in rows):
-        return [row if one.key == row.key else one for one in rows]
-    return [*rows, row]
+    found = [row if one.key == row.key else one for one in rows]
+    if not any(one is row for one in found):
+        found.append(row)
+    return found

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorapre.lab.errors import UserError
@@ -56,7 +56,8 @@ class TrainingBench:
     ) -> None:
         self.name, self.device, self.effort, self.known_rare_ms = model, device, effort, known_rare_ms
         spec = resolve_model(model).with_sequence(shape.sequence)
-        self.model = spec.build(0).to(device).train()
+        self.model: nn.Module = spec.build(0)
+        self.model.to(device).train()
         self.vocabulary: int = spec.config.vocab_size
         self.reference = reference(self.model)
         self.shape, self.tokens = self._fitting(shape)
