@@ -143,7 +143,11 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add("--row-seconds", default="20s", help="no turn of a row begins later")
     add("--rare-layers", default="1", help="layers whose SVD is timed; the whole is extrapolated")
     add("--budget", help="90s, 9m, 1.5h: no row begins later; the same command goes on")
-    add("--again", help="a regular expression: rows of optimizers whose name has it are made anew")
+    add(
+        "--again",
+        help="a regular expression: rows of optimizers whose name has it are made anew, all that "
+        "are asked for; leave it out to go on",
+    )
     add("--publish", action="store_true", help="measure nothing: table and figures of the rows in --out")
     add("--readme", action="store_true", help="put them into README.md too")
     return made

@@ -55,4 +55,5 @@ def _restore(tensors: list[Tensor], values: list[Tensor]) -> None:
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     """By bits: nan equals itself, and -0 is not 0."""
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    one, other = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other))
+    return torch.equal(one, other)

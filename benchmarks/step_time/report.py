@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeVar
 
 from lorapre.lab.errors import UserError
 from lorapre.lab.models import LLAMAS
 from lorapre.lab.run_folder import write_text
-from step_time.contestants import REFERENCE
+from step_time.contestants import KINDS, REFERENCE
 from step_time.figures import write_figures
 from step_time.goals import goals
 from step_time.rows import Results, StepRow, TrainingRow
@@ -59,7 +60,7 @@ def page(results: Results) -> str:
 
 def step_table(rows: Iterable[StepRow]) -> str:
     """One line a row."""
-    rows = list(rows)
+    rows = ordered(rows)
     foreach = {(row.model, row.dtype): row.step_ms for row in rows if row.optimizer == FOREACH}
     lines = [STEP_HEADER]
     for row in rows:
@@ -76,10 +77,25 @@ def step_table(rows: Iterable[StepRow]) -> str:
     return "\n".join(lines)
 
 
+_Row = TypeVar("_Row", StepRow, TrainingRow)
+
+
+def ordered(rows: Iterable[_Row]) -> list[_Row]:
+    """Whatever order they were made in: by size and dtype; fused AdamW, torch's, rivals, ours by rank."""
+    models, titles = list(LLAMAS), [REFERENCE, *(one.title for one in sorted(KINDS.values(), key=lambda one: one.ours))]
+
+    def place(row: _Row) -> tuple[object, ...]:
+        own = titles.index(row.optimizer) if row.optimizer in titles else len(titles)
+        dtype = "" if isinstance(row, TrainingRow) else row.dtype
+        return models.index(row.model), dtype != "float32", dtype, own, row.optimizer, row.rank or 0
+
+    return sorted(rows, key=place)
+
+
 def training_table(rows: Iterable[TrainingRow]) -> str:
     """One line a row."""
     lines = [TRAINING_HEADER]
-    for row in rows:
+    for row in ordered(rows):
         cells = (row.model, row.optimizer, row.rank, f"{row.batch} x {row.sequence}", f"{row.step_ms:.1f}",
                  f"{row.tokens_per_second:,.0f}", f"{row.ratio_to_fused_adamw:.3f}")  # fmt: skip
         lines.append(_line(cells))
@@ -137,7 +153,7 @@ def section(results: Results) -> str:
     heads = "".join(f" {dtype}, ms | to fused AdamW |" for dtype in dtypes)
     lines = [f"| one step on the matrices of {shown} |{heads} launches | extra memory |",
              "|---|" + "---:|---:|" * len(dtypes) + "---:|---:|"]  # fmt: skip
-    for name in dict.fromkeys((row.optimizer, row.rank) for row in _in_order(own)):
+    for name in dict.fromkeys((row.optimizer, row.rank) for row in ordered(own)):
         by_dtype = {row.dtype: row for row in own if (row.optimizer, row.rank) == name}
         cells: list[object] = [name[0] if name[1] is None else f"{name[0]}, r = {name[1]}"]
         for dtype in dtypes:
@@ -171,11 +187,6 @@ def write_readme(results: Results) -> None:
     if not begun or not ended:
         raise UserError(f"--readme: README.md lacks the lines {BEGIN} and {END}. Put them where the section belongs.")
     write_text(README, f"{before}{BEGIN}\n{section(results)}\n{END}{after}")
-
-
-def _in_order(rows: list[StepRow]) -> list[StepRow]:
-    """The reference, torch's, rivals, ours by rank."""
-    return sorted(rows, key=lambda row: (row.optimizer != REFERENCE, row.optimizer.startswith("LoRAPre")))
 
 
 def _line(cells: Iterable[object]) -> str:

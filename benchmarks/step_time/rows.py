@@ -179,6 +179,11 @@ class Results:
             self.unmeasured.append(row)
         self.write()
 
+    def drop(self, keys: set[tuple[Any, ...]]) -> None:
+        """Forget the rows of these keys; the file follows with the next row."""
+        self.steps = [row for row in self.steps if row.key not in keys]
+        self.training = [row for row in self.training if row.key not in keys]
+
     def write(self) -> None:
         """Write the file, atomically."""
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -39,13 +39,14 @@ class Session:
         layers: int | None,
         sequence: int,
         deadline: float,
-        again: re.Pattern[str] | None,
+        again: re.Pattern[str] | None = None,
     ) -> None:
         self.results, self.plan, self.device, self.limits, self.effort = results, plan, device, limits, effort
         self.layers, self.sequence, self.deadline = layers, sequence, deadline
-        self.again = again
         self.left = 0
         self.failed: list[str] = []
+        if again is not None:
+            results.drop({self._key(job, row) for job in plan.jobs() for row in job.rows if again.search(row.title)})
 
     def run(self) -> None:
         """Make all rows."""
@@ -77,7 +78,7 @@ class Session:
         return "step", self.device.type, job.model, job.dtype, row.title, row.rank
 
     def _is_there(self, job: Job, row: Wanted) -> bool:
-        return self.results.has(self._key(job, row)) and not (self.again and self.again.search(row.title))
+        return self.results.has(self._key(job, row))
 
     def _can_be_made(self, job: Job, row: Wanted) -> bool:
         one = row.contestant
