@@ -31,6 +31,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 512)
 DTYPES = ("float32", "bfloat16")
 BACKENDS = ("auto", "triton", "eager")
 GPU_MODELS = ("llama-1b", "llama-60m", "llama-350m", "llama-7b")
+GPU_TRAINING = ("llama-1b", "llama-350m")
 #: Rounds times steps: beyond it plain steps would meet the rare ones of GaLore and its kin.
 MOST_STEPS = 150
 #: Also in ``provenance``, if they are there.
@@ -134,7 +135,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add("--contestants", help=f"of {','.join(KINDS)}; default: all on a GPU, else {','.join(CPU_KINDS)}")
     add("--backends", default="auto", help="of LoRAPreAdamW: auto,triton,eager")
     add("--layers", default="fit", help="a number, or as many as the GPU's memory allows")
-    add("--training", help="models of whole training steps, or none; default: llama-1b,llama-350m on a GPU")
+    add(
+        "--training",
+        help="models of whole training steps, or none; default: on a GPU llama-1b,llama-350m if --models has them",
+    )
     add("--training-ranks", help="of LoRAPreAdamW there; default: those of 32,128,512 that fit")
     add("--batch", help="of whole training steps, such as llama-1b=8; halved until it fits")
     add("--sequence", default="1024", help="tokens of a sequence there")
@@ -162,7 +166,9 @@ def plan_of(given: argparse.Namespace, *, on_gpu: bool) -> Plan:
     models = names("--models", given.models or (",".join(GPU_MODELS) if on_gpu else "llama-60m"), LLAMAS)
     dtypes = names("--dtypes", given.dtypes or (",".join(DTYPES) if on_gpu else "float32"), DTYPES)
     kinds = names("--contestants", given.contestants or ",".join(KINDS if on_gpu else CPU_KINDS), KINDS)
-    training: tuple[str, ...] = ("llama-1b", "llama-350m") if on_gpu and given.training is None else ()
+    training: tuple[str, ...] = ()
+    if on_gpu and given.training is None:
+        training = tuple(model for model in GPU_TRAINING if model in models)
     if given.training not in (None, "none"):
         training = names("--training", given.training, LLAMAS)
     everyone = contestants(names("--backends", given.backends, BACKENDS))
@@ -208,11 +214,12 @@ def measure(given: argparse.Namespace, began: float) -> Session:
         raise UserError(f"--out {given.out}: is a file. Give a folder.")
     results = Results.load(given.out)
     found = provenance(*PACKAGES, seed=0)
+    commands = results.origin.get("commands", [])
     results.go_on(found)
     machine = limits(device, plan.dtypes)
     results.origin |= {"threads": torch.get_num_threads() if device.type == "cpu" else None}
     results.origin |= {"limits": {"copy_bytes_per_second": machine.copy, "product_flops": machine.product}}
-    results.origin |= {"command": "python benchmarks/step_time " + _options(given)}
+    results.origin |= {"commands": list(dict.fromkeys([*commands, _command(given)]))}
     products = ", ".join(f"{dtype} products {rate / 1e12:.4g} TFLOP/s" for dtype, rate in machine.product.items())
     say(f"{found['hardware']}: copy {machine.copy / 1e9:.4g} GB/s, {products}")
     session = Session(
@@ -230,12 +237,14 @@ def measure(given: argparse.Namespace, began: float) -> Session:
     return session
 
 
-def _options(given: argparse.Namespace) -> str:
+def _command(given: argparse.Namespace) -> str:
     """What was asked for, without what says how long and where."""
     silent = {"out", "budget", "again", "publish", "readme"}
     said = {name: value for name, value in vars(given).items() if name not in silent}
     changed = {name: value for name, value in said.items() if value != parser(None).get_default(name)}
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
+    return " ".join(
+        ["python benchmarks/step_time", *(f"--{name.replace('_', '-')} {changed[name]}" for name in changed)]
+    )
 
 
 def main(began: float, description: str | None, arguments: list[str] | None = None) -> None:

@@ -94,7 +94,7 @@ def _others(axes: Any, rows: list[StepRow]) -> None:
     names = list(dict.fromkeys(row.optimizer for row in rows))
     for number, name in enumerate(names):
         own = [row for row in rows if row.optimizer == name]
-        colour = OTHERS[number % len(OTHERS)][0]
+        colour = OURS[0][0] if name.startswith("LoRAPre") else OTHERS[number % len(OTHERS)][0]
         label = name + (", with its rare work" if own[0].rare_ms is not None else "")
         if own[0].rank is None:
             axes.axhline(own[0].ratio_to_fused_adamw, color=colour, linewidth=1, label=label,

@@ -141,8 +141,8 @@ def origin_line(results: Results) -> str:
     made = {row.date for row in results.steps} | {row.date for row in results.training}
     dates = sorted(made - {""}) or [origin["date"][:10]]
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    command = f"; `{origin['command'].strip()}`" if "command" in origin else ""
-    return f"{line}, {when}, {versions}, seed {origin['seed']}{command}."
+    commands = "".join(f"; `{command}`" for command in origin.get("commands", []))
+    return f"{line}, {when}, {versions}, seed {origin['seed']}{commands}."
 
 
 def section(results: Results) -> str:

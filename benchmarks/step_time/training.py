@@ -56,8 +56,8 @@ class TrainingBench:
     ) -> None:
         self.name, self.device, self.effort, self.known_rare_ms = model, device, effort, known_rare_ms
         spec = resolve_model(model).with_sequence(shape.sequence)
-        self.model: nn.Module = spec.build(0)
-        self.model.to(device).train()  # type: ignore[arg-type]  # transformers' wrapper loses the signature
+        with device:  # drawing a billion weights takes a CPU long
+            self.model: nn.Module = spec.build(0).train()
         self.vocabulary: int = spec.config.vocab_size
         self.reference = reference(self.model)
         self.shape, self.tokens = self._fitting(shape)
