@@ -123,9 +123,9 @@ class Limits:
 def limits(device: torch.device, dtypes: Iterable[str]) -> Limits:
     """Measured now: a copy of 1 GiB and products of 8192 x 8192; on a CPU of 128 MiB and of 512 x 512."""
     small = device.type == "cpu"
-    source = torch.ones(2 ** (27 if small else 30), dtype=torch.uint8, device=device)
+    source = torch.ones(2 ** (25 if small else 28), device=device)
     target = torch.empty_like(source)
-    copy = 2 * source.numel() / (middle([each_step(lambda: target.copy_(source), 7, device)]) / 1e3)
+    copy = 2 * source.nbytes / (middle([each_step(lambda: target.copy_(source), 7, device)]) / 1e3)
     size = 512 if small else 8192
     product = {}
     with _tf32():

@@ -91,7 +91,7 @@ class TrainingBench:
     def step(self, optimizer: Optimizer, tokens: Tensor) -> None:
         """Forward, backward, optimizer."""
         with torch.autocast(self.device.type, torch.bfloat16):
-            loss = self.model(input_ids=tokens, labels=tokens).loss
+            loss = self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
