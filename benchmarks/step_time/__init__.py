@@ -1,0 +1,1 @@
+"""Time of the optimizer's step: see ``__main__.py``."""
