@@ -59,9 +59,17 @@ def test_the_kernels_give_what_batched_torch_gives(device: torch.device, calls: 
             assert_close(state[key], its_state[key], 1e-4, key)
 
 
-def test_auto_is_batched_torch_on_a_cpu_and_the_kernels_on_a_gpu(device: torch.device, calls: list[str]) -> None:
-    trained(device)
-    assert set(calls) == {"eager" if device.type == "cpu" else "triton"}
+def test_auto_takes_the_kernels_up_to_the_rank_at_which_they_were_measured_to_be_faster(
+    device: torch.device, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for largest, expected in ((0, "eager"), (3, "eager"), (4, "triton")):
+        monkeypatch.setattr(dispatch, "MEASURED", {device.type: largest})
+        trained(device, steps=1)
+        assert set(calls) == {expected}
+        calls.clear()
+    monkeypatch.setattr(dispatch, "MEASURED", {"another": 512})
+    trained(device, steps=1)
+    assert set(calls) == {"eager"}
 
 
 def test_what_only_batched_torch_can_do_is_refused_by_the_kernels_and_logged_by_auto(
@@ -70,7 +78,7 @@ def test_what_only_batched_torch_can_do_is_refused_by_the_kernels_and_logged_by_
     with pytest.raises(ValueError, match=r"backend='triton' cannot step .*\(17, 33\): regression='tangent'.*'auto'"):
         trained(device, backend="triton", regression="tangent")
     assert calls == []
-    monkeypatch.setattr(dispatch, "_on_gpu", lambda bucket: True)
+    monkeypatch.setattr(dispatch, "MEASURED", {device.type: 512})
     monkeypatch.setattr(dispatch, "_said", set())
     with caplog.at_level(logging.INFO, logger="lorapre"):
         trained(device, regression="tangent")

@@ -13,6 +13,10 @@ from lorapre.backends.triton import Layouts
 
 Backend: TypeAlias = Literal["auto", "eager", "triton"]
 
+#: What "auto" steps by the kernels: types of devices, each with the largest rank at which a measurement has shown them
+#: ahead of batched torch (benchmarks/step_time). None has yet, and so "auto" is batched torch everywhere.
+MEASURED: dict[str, int] = {}
+
 _logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
@@ -23,8 +27,8 @@ def lorapre_adamw(buckets: Sequence[Bucket], hyper: AdamHyperparameters, backend
     Args:
         buckets: the matrices, on one device.
         hyper: the options.
-        backend: "auto" takes the kernels on a GPU wherever they can step the bucket, and logs the reason once where
-            they cannot.
+        backend: "auto" takes the kernels where `MEASURED` says so and they can step the bucket, and logs the reason
+            once where they cannot.
         layouts: of the kernels, kept from step to step.
 
     Raises:
@@ -32,7 +36,7 @@ def lorapre_adamw(buckets: Sequence[Bucket], hyper: AdamHyperparameters, backend
     """
     by_kernels, in_torch = [], []
     for bucket in buckets:
-        if backend == "eager" or (backend == "auto" and not _on_gpu(bucket)):
+        if backend == "eager" or (backend == "auto" and not _measured(bucket)):
             in_torch.append(bucket)
             continue
         reason = triton.supports(bucket, hyper)
@@ -52,8 +56,8 @@ def lorapre_adamw(buckets: Sequence[Bucket], hyper: AdamHyperparameters, backend
         eager.lorapre_adamw(bucket, hyper)
 
 
-def _on_gpu(bucket: Bucket) -> bool:
-    return bucket.params[0].device.type != "cpu"
+def _measured(bucket: Bucket) -> bool:
+    return bucket.view.rank <= MEASURED.get(bucket.params[0].device.type, 0)
 
 
 def _say_once(message: str) -> None:

@@ -61,7 +61,7 @@ class LoRAPreAdamW(DenseAdamW):
             does (arXiv 2304.13013): a gradient that v did not expect moves the weights no further than others.
         scale: multiplies the update of compressed matrices, not their weight decay; GaLore and the paper use 0.25.
         backend: "triton" steps compressed matrices by kernels that hold no temporary of a matrix's size, "eager" in
-            batched torch; "auto" takes the kernels on a GPU wherever they support the options.
+            batched torch; "auto" takes the kernels where `lorapre.backends.dispatch.MEASURED` says so.
         view_3d: a 3-D weight is a "stack" of matrices, or to be flattened to (out, in * kernel): "flatten".
         state_dtype: dtype of the state; None is the parameter's own, but at least float32.
         seed: of the random right factors. Each parameter draws from its own stream, the same in every process.

@@ -115,7 +115,7 @@ def project(
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Pass 1 over G, a program a block of rows: K = decay B + gain G A^T to ``U`` (by columns), X = keep B + cross G A^T.
+    """Pass 1 over G, a program a block of rows: K = decay B + gain G A^T to ``U``, X = keep B + cross G A^T.
 
     Besides ``row_sums`` of G^2, and in ``parts`` the sums of G^2 and of G^2 / v_hat and the largest |K| of the block.
     X takes the place of m_B where IN_STATE.
