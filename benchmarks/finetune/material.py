@@ -77,7 +77,7 @@ def make_data(gsm8k: Path, folder: Path, draw: Draw | None = None) -> None:
 
 
 def chain_sums(draw: Draw, sizes: Mapping[str, int]) -> dict[str, list[dict[str, str]]]:
-    """``sizes`` distinct examples a side, each from a seed of its own; what an earlier side has, a later one leaves out.
+    """``sizes`` distinct examples a side, each side from a seed of its own, without what an earlier side has.
 
     Returns:
         ``prompt`` and ``response`` by side.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 #: Their rank is their adapter's; all other methods train all weights.
@@ -39,8 +39,11 @@ class Task:
         valid: file to validate on; None cuts the examples from ``train``.
         test: file of questions.
         fields: of a test record: the question, and what has the answer.
-        max_new_tokens: of an answer. 0.1 % of GSM8K's own training answers are longer.
+        max_new_tokens: of an answer.
         test_batch: questions that are asked at a time, the longest first.
+        train_size: examples to train on.
+        example_tokens: mean length of one.
+        questions: of the test.
         test_size: questions to ask at most; None asks all.
     """
 
@@ -52,6 +55,9 @@ class Task:
     fields: tuple[str, str]
     max_new_tokens: int
     test_batch: int
+    train_size: int
+    example_tokens: float
+    questions: int
     test_size: int | None = None
 
     @property
@@ -122,11 +128,11 @@ class Profile:
 
 GSM8K = Task(
     "gsm8k", "gsm8k-train.jsonl", "gsm8k", None, "gsm8k-test.jsonl", ("question", "answer"),
-    max_new_tokens=320, test_batch=1319,
+    max_new_tokens=320, test_batch=1319, train_size=6973, example_tokens=216.8, questions=1319,
 )  # fmt: skip
 CHAIN_SUM = Task(
     "chain-sum", "chain-sum-train.jsonl", None, "chain-sum-valid.jsonl", "chain-sum-test.jsonl", ("prompt", "response"),
-    max_new_tokens=16, test_batch=1000,
+    max_new_tokens=16, test_batch=1000, train_size=8000, example_tokens=56.4, questions=1000,
 )  # fmt: skip
 
 ADAMW, MUON = Contestant("lorapre-adamw"), Contestant("lorapre-muon")
@@ -154,6 +160,12 @@ RANKS: Mapping[Contestant, Contestant] = {
 
 PROFILES: Mapping[str, Profile] = {
     "gsm8k": Profile(GSM8K, RATES, RANKS),
-    # Its examples are short: rows of 512 tokens hold nine of them, a step 72.
-    "chain-sum": Profile(CHAIN_SUM, RATES, RANKS, max_length=512),
+    # Its examples are short: a row of 512 tokens holds nine of them, a step 45.
+    "chain-sum": Profile(CHAIN_SUM, RATES, RANKS, batch_size=5, max_length=512),
 }
+
+
+def tiny(profile: Profile) -> Profile:
+    """For a machine without a GPU, to try the script itself: one rate of each method is searched from, a few steps."""
+    task = replace(profile.task, test_size=8, test_batch=8, max_new_tokens=8)
+    return replace(profile, task=task, batch_size=2, valid_examples=8, train_examples=32, bf16=False, validations=2)

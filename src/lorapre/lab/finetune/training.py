@@ -158,10 +158,11 @@ def _trainer(
     assert lr is not None
     if plan.method.clips:
         shared = shared.model_copy(update={"max_grad_norm": 0.0})
-    arguments = trainer_arguments(
-        trainer_options(shared, folder, lr, plan.micro_batch, checkpoints=checkpoints),
-        gradient_checkpointing=config.checkpointing,
-    )
+    options = trainer_options(shared, folder, lr, plan.micro_batch, checkpoints=checkpoints)
+    if config.packing:  # validation rows are not packed: as many as have the tokens of a packed batch
+        longest = max(len(row.ids) for row in data.valid.rows)
+        options["per_device_eval_batch_size"] = plan.micro_batch * max(1, config.max_length // longest)
+    arguments = trainer_arguments(options, gradient_checkpointing=config.checkpointing)
     main = arguments.process_index == 0
     checkpoint, previous = starting_point(arguments, folder, resume=resume)
     metrics = MetricsWriter(folder, config.batch_size, previous, unit="sequences")
