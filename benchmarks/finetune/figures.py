@@ -118,6 +118,8 @@ def ranks_figure(found: Found, profile: Profile) -> Figure | None:
     right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     for axes in (left, right):
         axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({one.rank for one in found if one in profile.ranks or one in bases}))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel("rank of the momentum")
         axes.grid(alpha=0.25)
     left.set_title(f"{profile.task.name}: ranks of LoRA-Pre", loc="left")

@@ -128,7 +128,7 @@ class Profile:
 
 GSM8K = Task(
     "gsm8k", "gsm8k-train.jsonl", "gsm8k", None, "gsm8k-test.jsonl", ("question", "answer"),
-    max_new_tokens=320, test_batch=1319, train_size=6973, example_tokens=216.8, questions=1319,
+    max_new_tokens=320, test_batch=660, train_size=6973, example_tokens=216.8, questions=1319,
 )  # fmt: skip
 CHAIN_SUM = Task(
     "chain-sum", "chain-sum-train.jsonl", None, "chain-sum-valid.jsonl", "chain-sum-test.jsonl", ("prompt", "response"),
@@ -138,8 +138,8 @@ CHAIN_SUM = Task(
 ADAMW, MUON = Contestant("lorapre-adamw"), Contestant("lorapre-muon")
 #: First rates, from what these methods want in pre-training here beside AdamW, and from their papers.
 RATES: Mapping[Contestant, float] = {
-    ADAMW: 2e-4,
-    MUON: 4e-4,
+    ADAMW: 1e-4,
+    MUON: 2e-4,
     Contestant("lora"): 8e-4,
     Contestant("galore"): 8e-4,
     Contestant("full-adamw", None): 1e-4,
@@ -148,7 +148,7 @@ RATES: Mapping[Contestant, float] = {
     Contestant("dora"): 8e-4,
     Contestant("lora-pro"): 2e-4,
     Contestant("loft"): 2e-4,
-    Contestant("apollo"): 1e-3,
+    Contestant("apollo"): 4e-4,
     Contestant("fira"): 4e-4,
 }
 #: First moment only: v is kept whole.

@@ -30,7 +30,8 @@ edge of those tried, or has not ended. Accuracy is the mean over the other seeds
 questions answered rightly (greedy, at most {max_new_tokens} new tokens), with the 95 % interval over seeds and
 questions; held-out loss is of the same runs, in nats a learned token ({loss_before:.3f} before training). Rates are
 those of the matrices, or of the adapter; methods that train all weights train embeddings and norms by AdamW at
-{dense_lr:g}, whose state is the difference between both numbers of bytes. GaLore and Fira project every 200 steps.
+{dense_lr:g}, whose state is the difference between both numbers of bytes. GaLore and Fira
+project every 200 steps, and their packages keep the whole basis of which they use the rank's part.
 Peak memory is what tensors took on the GPU in training. Examples a second are of a run that had the GPU for itself.
 
 {hardware}; {versions}.
@@ -121,10 +122,12 @@ def write_tables(rows: Rows, profile: Profile, folder: Path) -> None:
     found = results(rows, profile)
     write_json(folder / "table.json", [result.record() for result in found.values()])
     parts = []
-    for title, group in (("Methods", profile.rates), ("Ranks and moments of LoRA-Pre", _of_ranks(profile))):
-        shown = sorted((found[one] for one in group if one in found), key=_rank_of)
-        if shown:
-            parts.append(f"## {title}\n\n{HEADER}" + "".join(map(_line, shown)))
+    sections = {"Methods": list(profile.rates)}
+    if any(one in found for one in profile.ranks):
+        sections["Ranks and moments of LoRA-Pre"] = [*dict.fromkeys(profile.ranks.values()), *profile.ranks]
+    for title, group in sections.items():
+        shown = sorted((found[one] for one in group if one in found), key=_place)
+        parts.append(f"## {title}\n\n{HEADER}" + "".join(map(_line, shown)))
     compared = _differences([found[one] for one in profile.rates if one in found])
     if compared:
         parts.append(
@@ -134,13 +137,7 @@ def write_tables(rows: Rows, profile: Profile, folder: Path) -> None:
     write_text(folder / "table.md", "\n".join(parts) + _notes(rows, profile))
 
 
-def _of_ranks(profile: Profile) -> list[Contestant]:
-    """LoRA-Pre at all ranks, that of the comparison among them."""
-    bases = dict.fromkeys(profile.ranks.values())
-    return [*bases, *profile.ranks]
-
-
-def _rank_of(result: Result) -> tuple[float, float]:
+def _place(result: Result) -> tuple[float, float]:
     """The highest accuracy first, then the lowest loss."""
     known = result.accuracy
     return (math.inf if known is None else -known.mean, result.loss)

@@ -18,7 +18,7 @@ from finetune.material import check_material, fingerprint
 from finetune.plan import Key, Run, wanted
 from finetune.profiles import Profile
 from finetune.rows import Rows
-from finetune.training import make_trainer
+from finetune.training import make_trainer, prepare_tokens
 from lorapre.lab.preparation import record_data
 from lorapre.lab.provenance import provenance
 
@@ -63,6 +63,7 @@ class Session:
         record_data(folder / "provenance.json", facts, *PACKAGES, seed=0, option=f"--work {folder}")
         self._origin = provenance(*PACKAGES, seed=0)
         with Pool(worker_environments(jobs_per_device), partial(make_trainer, material, self._profile)) as pool:
+            prepare_tokens(material, self._profile)  # meanwhile the processes import what they need
             while True:
                 self._begin_what_fits(pool)
                 if not pool.running:

@@ -8,7 +8,7 @@ import gc
 import json
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from rich.console import Console
 from finetune.plan import Run
 from finetune.profiles import Contestant, Profile
 from finetune.testing import read_questions, test_model
+from finetune.tokens import base_data, of_seed
 from lorapre import NonFiniteGradientError
 from lorapre.lab.errors import TrainingDivergedError
 from lorapre.lab.finetune.config import FinetuneConfig
-from lorapre.lab.finetune.preparation import Data, Plan, load_data, plan_run
+from lorapre.lab.finetune.preparation import Data, Plan, plan_run
 from lorapre.lab.finetune.quiet import keep_quiet
 from lorapre.lab.finetune.training import Tuned, train_once
 from lorapre.lab.run_folder import RunFolder, write_json
@@ -119,7 +120,10 @@ class Trainer:
         """Everything before the weights are loaded; the data of a seed is tokenized once."""
         config = run_config(self._profile, self._material, contestant, run)
         if run.seed not in self._data:
-            self._data[run.seed] = load_data(plan_run(config))
+            plan = plan_run(config)
+            first = self._profile.seeds[0]
+            base = base_data(_with_seed(plan, first), self._material, self._profile.task)
+            self._data[run.seed] = base if run.seed == first else of_seed(plan, base)
         data = self._data[run.seed]
         validations = 1 if run.kind == "speed" else self._profile.validations
         intervals = {"eval_every": -(-data.steps // validations), "log_every": max(1, data.steps // POINTS)}
@@ -135,6 +139,17 @@ class Trainer:
             except RuntimeError:
                 return False
         return True
+
+
+def _with_seed(plan: Plan, seed: int) -> Plan:
+    return replace(plan, config=plan.config.model_copy(update={"seed": seed}))
+
+
+def prepare_tokens(material: Path, profile: Profile) -> None:
+    """Have the data in tokens on the disk before several processes ask for it."""
+    contestant = next(iter(profile.rates))
+    run = Run("search", "search", profile.task.name, str(contestant), profile.rates[contestant], profile.seeds[0])
+    base_data(plan_run(run_config(profile, material, contestant, run)), material, profile.task)
 
 
 def run_config(profile: Profile, material: Path, contestant: Contestant, run: Run) -> FinetuneConfig:

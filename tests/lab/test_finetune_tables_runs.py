@@ -91,6 +91,31 @@ def test_a_run_ends_with_the_loss_and_curve_of_lorapre_finetune_and_the_answers_
     assert (made["asked"], sum(made["finish"].values())) == (10, 10)
 
 
+@pytest.mark.parametrize("most", [None, 20])
+def test_the_tokens_of_a_seed_are_those_of_lorapre_finetune_in_their_order(material: Path, most: int | None) -> None:
+    from finetune.tokens import base_data, of_seed
+    from finetune.training import prepare_tokens, run_config
+
+    from lorapre.lab.finetune.preparation import load_data, plan_run
+
+    profile = replace(PROFILE, train_examples=most, max_length=48)
+    plans = [plan_run(run_config(profile, material, FULL, a_run(FULL, seed=seed))) for seed in (0, 5)]
+    prepare_tokens(material, profile)
+    (kept,) = material.glob("tokens-*.pickle")
+    made = kept.stat().st_mtime_ns
+    base = base_data(plans[0], material, TASK)
+    assert kept.stat().st_mtime_ns == made
+    for plan, found in zip(plans, (base, of_seed(plans[1], base)), strict=True):
+        expected = load_data(plan)
+        assert found.train.digest() == expected.train.digest()
+        assert found.valid.digest() == expected.valid.digest()
+        assert [one.where for one in found.train.kept] == [one.where for one in expected.train.kept]
+        assert (found.rows, found.steps) == (expected.rows, expected.steps)
+    assert base.train.digest() != found.train.digest()
+    prepare_tokens(material, replace(profile, max_length=40))
+    assert len(list(material.glob("tokens-*.pickle"))) == 2
+
+
 def test_the_state_of_the_matrices_leaves_out_embeddings_and_norms_and_is_the_adapters_whole(material: Path) -> None:
     from finetune.training import Trainer
 
@@ -158,6 +183,7 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     from finetune import session
 
     monkeypatch.setattr(session, "make_trainer", make_imitation)
+    monkeypatch.setattr(session, "prepare_tokens", lambda *_: None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     folder = tmp_path / "material"
     (folder / "model").mkdir(parents=True)
