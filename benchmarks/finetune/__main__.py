@@ -15,7 +15,7 @@ questions decide nothing.
 ``rows.jsonl`` gets a line when a run ends, so that a session may be ended at any time. A run that would not fit into
 ``--budget`` is not begun; what still runs when it is over is stopped. ``--stages`` says what to make, the most urgent
 first: ``search`` and ``seeds`` the comparison at rank 8, ``ranks`` LoRA-Pre's other ranks and its first moment alone,
-``speed`` each method's training once more with the machine for itself, which is where examples a second come from.
+``speed`` each method at rank 8 once more with the machine for itself, which is where examples a second come from.
 ``--profile tiny`` is for a machine without a GPU, to try the script itself.
 
 reasoning-gym pins more packages than it needs here: pip install --no-deps reasoning-gym, and what its import asks for.

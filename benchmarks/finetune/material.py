@@ -119,5 +119,10 @@ def check_material(folder: Path, files: Sequence[str]) -> None:
 
 def fingerprint(folder: Path, files: Iterable[str]) -> dict[str, str]:
     """Hashes of the weights and of ``files``."""
-    paths = [*sorted((folder / "model").glob("*.safetensors")), *(folder / name for name in files)]
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+    weights = sorted(path.relative_to(folder).as_posix() for path in (folder / "model").glob("*.safetensors"))
+    return hashes(folder, [*weights, *files])
+
+
+def hashes(folder: Path, files: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of ``files``."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}

@@ -142,9 +142,10 @@ def wanted(
         for one, state in found.items():
             if state.best is not None:
                 add("seeds" if one in profile.rates else "ranks", "test", one, state.best, seed)
-    for one, state in found.items():
-        if state.best is not None:
-            add("speed", "speed", one, state.best, first)
+    for one in profile.rates:
+        best = found[one].best
+        if best is not None:
+            add("speed", "speed", one, best, first)
     unmade: dict[Key, Run] = {}
     for run in runs:
         if run.stage in stages and run.key not in losses and run.key not in running and run.key not in failed:

@@ -8,7 +8,7 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
-from finetune.material import fingerprint
+from finetune.material import hashes
 from finetune.profiles import Task
 from lorapre.lab.finetune.data import Examples, data_format, load_examples
 from lorapre.lab.finetune.packing import pack
@@ -28,8 +28,7 @@ _KEPT = ("train", "valid", "rows", "steps", "warnings")
 def base_data(plan: Plan, material: Path, task: Task) -> Data:
     """`load_data` of ``plan``, from a file beside the material where that is there, else kept there for the next."""
     config = plan.config.model_dump(mode="json")
-    facts = {**fingerprint(material, task.files), **{name: config[name] for name in _DECIDING}}
-    facts["tokenizer"] = (material / "model" / "tokenizer.json").read_text(encoding="utf-8")
+    facts = {**hashes(material, [*task.files, "model/tokenizer.json"]), **{name: config[name] for name in _DECIDING}}
     facts["chat_template"] = getattr(plan.base.tokenizer, "chat_template", None)
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
     path = material / f"tokens-{task.name}-{digest}.pickle"

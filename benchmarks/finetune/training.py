@@ -79,7 +79,12 @@ class Trainer:
             "steps": data.steps,
             **self._facts(tuned),
             "loss_before": self._loss_before,
-            "curve": [(record["step"], record["valid_loss"]) for record in metrics if "valid_loss" in record],
+            "curve": [(0, self._loss_before)]
+            + [
+                (record["step"], record["valid_loss"])
+                for record in metrics
+                if "valid_loss" in record and record["step"]
+            ],
             "train_curve": [(record["step"], round(record["loss"], 4)) for record in metrics if "loss" in record],
         }
         if run.kind == "test" and tuned is not None:
@@ -122,8 +127,10 @@ class Trainer:
         if run.seed not in self._data:
             plan = plan_run(config)
             first = self._profile.seeds[0]
-            base = base_data(_with_seed(plan, first), self._material, self._profile.task)
-            self._data[run.seed] = base if run.seed == first else of_seed(plan, base)
+            if first not in self._data:
+                self._data[first] = base_data(_with_seed(plan, first), self._material, self._profile.task)
+            if run.seed != first:
+                self._data[run.seed] = of_seed(plan, self._data[first])
         data = self._data[run.seed]
         validations = 1 if run.kind == "speed" else self._profile.validations
         intervals = {"eval_every": -(-data.steps // validations), "log_every": max(1, data.steps // POINTS)}
