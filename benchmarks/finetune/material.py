@@ -23,6 +23,8 @@ SEED_DISTANCE = 10_000_000
 #: Of chain_sum. One digit is left out: 200 sums of two such terms are too few for three sides.
 CHAIN_SUM = {"min_terms": 2, "max_terms": 3, "min_digits": 2, "max_digits": 3}
 
+#: Letters, digits, spaces, signs, a line feed and what is no ASCII.
+_SAMPLE = "She sold 1,234 + 56 = <<1234+56=1290>>1290 cafés – “half”.\n\n#### 1290"
 _LEFTOVERS = ("quantization_config", "_model_name_or_path", "dtype")
 
 #: Entries without end (question, answer, ...) of a seed.
@@ -52,6 +54,11 @@ def make_model(gguf: Path, folder: Path) -> None:
     model: Any = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
+    # Some versions of transformers take the first special token of a GGUF for its end, and none for its padding.
+    for name, index in (("bos", config.bos_token_id), ("eos", config.eos_token_id), ("pad", config.pad_token_id)):
+        setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(index))
+    if tokenizer.decode(tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"]) != _SAMPLE:
+        raise ValueError(f"--gguf {gguf}: its tokenizer does not give text back. Take another version of transformers.")
 
     def save(path: Path) -> None:
         model.save_pretrained(path)
