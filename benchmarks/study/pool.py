@@ -13,7 +13,12 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-from study.plan import Run
+
+class Run(Protocol):
+    """What a worker is told to do; ``model`` is what it keeps ready for the next one of the same."""
+
+    @property
+    def model(self) -> str: ...
 
 
 class Trains(Protocol):

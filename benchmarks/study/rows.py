@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from study.plan import Key, rounded
 
 Row = dict[str, Any]
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,22 @@ class Best:
         return max(self.losses) - min(self.losses) if len(self.losses) > 1 else None
 
 
-class Rows:
+class RowFile(Generic[_Key]):
     """Finished runs, one JSON line each, in a file that is only ever appended to, by one process.
 
     A last line that was cut short, by an end in mid-write, is removed when the file is opened.
+
+    Args:
+        path: of the file, which need not exist.
+        key: what makes two rows those of one training.
 
     Raises:
         ValueError: another line is no JSON.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._rows: dict[Key, Row] = {}
+    def __init__(self, path: Path, key: Callable[[Row], _Key]) -> None:
+        self.path, self._key = path, key
+        self._rows: dict[_Key, Row] = {}
         if path.exists():
             self._read()
 
@@ -69,7 +74,7 @@ class Rows:
                 if whole + len(line) == len(content) and not line.endswith(b"\n"):
                     break
                 raise ValueError(f"{self.path}, line {number}: is no JSON. Remove the line.") from None
-            self._rows[_key(row)] = row
+            self._rows[self._key(row)] = row
             whole += len(line)
         if whole < len(content):
             os.truncate(self.path, whole)
@@ -85,12 +90,33 @@ class Rows:
             file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        self._rows[_key(row)] = row
+        self._rows[self._key(row)] = row
 
     @property
     def all(self) -> list[Row]:
         """Every training once, in the order of the file; of a training that was made twice the last row."""
         return list(self._rows.values())
+
+    def check_protocol(self, protocol: Mapping[str, float]) -> None:
+        """Make sure that all rows were trained as ``protocol`` says.
+
+        Raises:
+            ValueError: one was not, and cannot stand in a table with the others.
+        """
+        for row in self.all:
+            for name, value in protocol.items():
+                if row[name] != value:
+                    raise ValueError(
+                        f"{self.path}: holds runs with {name} {row[name]}, and this profile's have {value}. Give "
+                        "another --work."
+                    )
+
+
+class Rows(RowFile[Key]):
+    """The study's rows."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, _key)
 
     @property
     def losses(self) -> dict[Key, float]:
@@ -116,20 +142,6 @@ class Rows:
             finite = tuple(loss for loss in seeds if loss < math.inf)
             found[contestant] = Best(lr, finite, len(seeds) - len(finite), by_rate, rows[lr, first])
         return found
-
-    def check_protocol(self, protocol: Mapping[str, float]) -> None:
-        """Make sure that all rows were trained as ``protocol`` says.
-
-        Raises:
-            ValueError: one was not, and cannot stand in a table with the others.
-        """
-        for row in self.all:
-            for name, value in protocol.items():
-                if row[name] != value:
-                    raise ValueError(
-                        f"{self.path}: holds runs with {name} {row[name]}, and this profile's have {value}. Give "
-                        "another --work."
-                    )
 
 
 def _key(row: Row) -> Key:

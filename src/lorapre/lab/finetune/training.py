@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,32 @@ from lorapre.lab.finetune.preparation import Data, Plan, planned_recipe
 from lorapre.lab.finetune.quiet import keep_quiet
 from lorapre.lab.finetune.saving import save_result
 from lorapre.lab.finetune.trainer import FinetuneTrainer, trainer_arguments
+from lorapre.lab.optimizers import matrix_parameters
 from lorapre.lab.optimizers.measure import adamw_state_bytes, state_bytes
 from lorapre.lab.run_folder import RunFolder, write_json
 from lorapre.lab.timing import StepTimer, peak_bytes
 from lorapre.lab.training import last_validation, run_trainer, starting_point, trainer_options, unwrapped
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """A model that has been trained, on its device and with its adapter if it has one; and the run's summary.
+
+    Attributes:
+        model: on every process.
+        summary: content of ``summary.json``.
+        matrix_state_bytes: the optimizer's state of attention and MLP alone, or of the adapter.
+        writes: this process is the one that writes.
+    """
+
+    model: Any
+    summary: dict[str, Any]
+    matrix_state_bytes: int
+    writes: bool
+
+
 def tune(plan: Plan, data: Data, source: str, folder: RunFolder, console: Console, *, resume: bool) -> dict[str, Any]:
-    """Train once, fill ``folder``, and return its summary.
+    """Train once, fill ``folder`` with checkpoints, the result and ``summary.json``, and return the summary.
 
     Args:
         plan: of the run.
@@ -48,6 +67,20 @@ def tune(plan: Plan, data: Data, source: str, folder: RunFolder, console: Consol
         UserError: the weights cannot be loaded.
         TrainingDivergedError: the loss is no longer finite.
     """
+    tuned = train_once(plan, data, source, folder, console, resume=resume)
+    if tuned.writes:
+        save_result(folder, tuned.model, plan.base.tokenizer)  # type: ignore[arg-type]
+        write_json(folder.summary, tuned.summary)
+    return tuned.summary
+
+
+def train_once(
+    plan: Plan, data: Data, source: str, folder: RunFolder, console: Console, *, resume: bool, checkpoints: bool = True
+) -> Tuned:
+    """As `tune`, but that the result is returned, not saved; without ``checkpoints`` none is saved on the way either.
+
+    ``folder`` gets ``before.json`` and ``metrics.jsonl``.
+    """
     keep_quiet()
     config = plan.config
     shared = planned_recipe(plan, data.steps)
@@ -56,7 +89,9 @@ def tune(plan: Plan, data: Data, source: str, folder: RunFolder, console: Consol
     model = add_adapter(whole, config, plan.method)
     trainable = [param for param in model.parameters() if param.requires_grad]
     adamw_bytes = adamw_state_bytes(trainable)
-    trainer, metrics, timer, bar, checkpoint = _trainer(plan, data, shared, model, folder, console, resume=resume)
+    trainer, metrics, timer, bar, checkpoint = _trainer(
+        plan, data, shared, model, folder, console, resume=resume, checkpoints=checkpoints
+    )
     main = trainer.args.process_index == 0
     before = _before(trainer, plan, data, folder)
     run_trainer(trainer, checkpoint, bar, metrics)
@@ -100,10 +135,9 @@ def tune(plan: Plan, data: Data, source: str, folder: RunFolder, console: Consol
         "peak_bytes": peak_bytes(),
         **timer.results(),
     }
-    if main:
-        save_result(folder, trained, plan.base.tokenizer)  # type: ignore[arg-type]
-        write_json(folder.summary, summary)
-    return summary
+    adapted = adapter_kind(config, plan.method) is not None
+    matrices = state_bytes(optimizer, None if adapted else matrix_parameters(trained))
+    return Tuned(trained, summary, matrices, main)
 
 
 def _trainer(
@@ -115,6 +149,7 @@ def _trainer(
     console: Console,
     *,
     resume: bool,
+    checkpoints: bool,
 ) -> tuple[FinetuneTrainer, MetricsWriter, StepTimer, ProgressBar, Path | None]:
     """The trainer with its callbacks, and the checkpoint to go on from."""
     config = plan.config
@@ -123,10 +158,11 @@ def _trainer(
     assert lr is not None
     if plan.method.clips:
         shared = shared.model_copy(update={"max_grad_norm": 0.0})
-    arguments = trainer_arguments(
-        trainer_options(shared, folder, lr, plan.micro_batch, checkpoints=True),
-        gradient_checkpointing=config.checkpointing,
-    )
+    options = trainer_options(shared, folder, lr, plan.micro_batch, checkpoints=checkpoints)
+    if config.packing:  # validation rows are not packed: as many as have the tokens of a packed batch
+        longest = max(len(row.ids) for row in data.valid.rows)
+        options["per_device_eval_batch_size"] = plan.micro_batch * max(1, config.max_length // longest)
+    arguments = trainer_arguments(options, gradient_checkpointing=config.checkpointing)
     main = arguments.process_index == 0
     checkpoint, previous = starting_point(arguments, folder, resume=resume)
     metrics = MetricsWriter(folder, config.batch_size, previous, unit="sequences")

@@ -1,0 +1,1 @@
+"""Fine-tuning methods on two tasks; see ``__main__.py``."""
