@@ -229,7 +229,7 @@ import triton.language as tl
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lorapre.backends.triton import bases, elements, kernels, table
+from lorapre.backends.triton import bases, cholesky, elements, kernels, table
 
 numbers = "decay gain beta2 eps keep cross outside v_scale rate step limit shift".split()
 integers = "n seed right_programs".split()
@@ -259,7 +259,7 @@ for target, rank, kind, narrow, precision in (
     build(elements.fill, target, MASKED=True)
     build(elements.carry, target, BLOCK=table.ELEMENTS, **R)
     block = table.cholesky_blocks(rank)
-    build(bases.inverse_cholesky, target, block, WIDTH_OF_R=whole, BLOCK=block.rank, FIRST=False, LAST=True,
+    build(cholesky.inverse_cholesky, target, block, WIDTH_OF_R=whole, BLOCK=block.rank, FIRST=False, LAST=True,
           PRECISION=precision, **R)
     shared = dict(R, CHUNK=chunk, RIGHT_SIDE=True, X_IN_STATE=not narrow, Y_IN_STATE=not narrow, PRECISION=precision)
     block = table.product_blocks(rank)

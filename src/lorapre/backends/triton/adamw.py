@@ -16,7 +16,7 @@ from torch import Tensor
 from lorapre import factors, subspace
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
-from lorapre.backends.triton import bases, elements, kernels, table
+from lorapre.backends.triton import bases, cholesky, elements, kernels, table
 from lorapre.backends.triton.coefficients import coefficients
 from lorapre.backends.triton.layout import Layouts, Work
 
@@ -327,7 +327,7 @@ class _Side:
         """``T`` and ``triangles`` of the step from the products of the chunks, in pass ``number``."""
         step, last = self.step, number == _PASSES - 1
         block = table.cholesky_blocks(step.r)
-        bases.inverse_cholesky[(step.n,)](
+        cholesky.inverse_cholesky[(step.n,)](
             products,
             self.work.starts,
             step.sizes,

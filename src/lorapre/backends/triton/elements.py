@@ -47,6 +47,11 @@ NUMBER = tl.constexpr(layout.NUMBER)
 STREAM = tl.constexpr(layout.STREAM)
 _FIELDS = tl.constexpr(layout.COLUMNS)
 
+ROWS_ALIGNED = tl.constexpr(layout.ROWS_ALIGNED)
+COLUMNS_ALIGNED = tl.constexpr(layout.COLUMNS_ALIGNED)
+IN_ROWS = tl.constexpr(layout.IN_ROWS)
+IN_COLUMNS = tl.constexpr(layout.IN_COLUMNS)
+
 #: What a program of the first pass leaves of its rows: sum of G^2, sum of G^2 / v_hat, largest |K|.
 PART = tl.constexpr(3)
 
@@ -92,6 +97,31 @@ def place_in(
     else:
         base = scratch + field(matrices, matrix, scratch_column) // 16 * 16
     return base
+
+
+# Two hints decide how wide the memory is read: which numbers are neighbours, and that masks are uniform over them.
+# The compiler forgets a `tl.multiple_of` on an argument of a function when it is inlined, and so lengths are rounded
+# down to what they are multiples of anyway.
+
+
+@triton.jit
+def whole(size, ORDER: tl.constexpr, ALIGNED: tl.constexpr):
+    """``size`` as a visible multiple of 8 where ORDER is ALIGNED."""
+    if ORDER == ALIGNED:
+        size = size // 8 * 8
+    return size
+
+
+@triton.jit
+def tile_of(base, rows, cols, row_stride, col_stride, ORDER: tl.constexpr):
+    """Addresses of rows x cols."""
+    if (ORDER == ROWS_ALIGNED) | (ORDER == IN_ROWS):
+        addresses = base + (rows[:, None] * whole(row_stride, ORDER, ROWS_ALIGNED) + cols[None, :])
+    elif (ORDER == COLUMNS_ALIGNED) | (ORDER == IN_COLUMNS):
+        addresses = base + (rows[:, None] + cols[None, :] * whole(col_stride, ORDER, COLUMNS_ALIGNED))
+    else:
+        addresses = base + (rows[:, None] * row_stride + cols[None, :] * col_stride)
+    return addresses
 
 
 @triton.jit

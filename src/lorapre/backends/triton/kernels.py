@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lorapre.backends.triton import layout
 from lorapre.backends.triton.elements import (
+    COLUMNS_ALIGNED,
     CROSS,
     DECAY,
     G_COL,
@@ -28,6 +28,7 @@ from lorapre.backends.triton.elements import (
     RATE,
     RIGHT,
     ROWS,
+    ROWS_ALIGNED,
     STEP,
     STREAM,
     V_COL,
@@ -51,42 +52,14 @@ from lorapre.backends.triton.elements import (
     place_in,
     size_of,
     sum_of_parts,
+    tile_of,
+    whole,
 )
-
-ROWS_ALIGNED = tl.constexpr(layout.ROWS_ALIGNED)
-COLUMNS_ALIGNED = tl.constexpr(layout.COLUMNS_ALIGNED)
-IN_ROWS = tl.constexpr(layout.IN_ROWS)
-IN_COLUMNS = tl.constexpr(layout.IN_COLUMNS)
 
 #: Smallest normal float32, what `torch.finfo` calls tiny.
 TINY = tl.constexpr(2.0**-126)
 #: Of the old basis in the new one, in units of the size of what it closes: float32's rounding.
 CLOSING = tl.constexpr(8 * 2.0**-23)
-
-
-# Two hints decide how wide the memory is read: which numbers are neighbours, and that masks are uniform over them.
-# The compiler forgets a `tl.multiple_of` on an argument of a function when it is inlined, and so lengths are rounded
-# down to what they are multiples of anyway.
-
-
-@triton.jit
-def whole(size, ORDER: tl.constexpr, ALIGNED: tl.constexpr):
-    """``size`` as a visible multiple of 8 where ORDER is ALIGNED."""
-    if ORDER == ALIGNED:
-        size = size // 8 * 8
-    return size
-
-
-@triton.jit
-def tile_of(base, rows, cols, row_stride, col_stride, ORDER: tl.constexpr):
-    """Addresses of rows x cols."""
-    if (ORDER == ROWS_ALIGNED) | (ORDER == IN_ROWS):
-        addresses = base + (rows[:, None] * whole(row_stride, ORDER, ROWS_ALIGNED) + cols[None, :])
-    elif (ORDER == COLUMNS_ALIGNED) | (ORDER == IN_COLUMNS):
-        addresses = base + (rows[:, None] + cols[None, :] * whole(col_stride, ORDER, COLUMNS_ALIGNED))
-    else:
-        addresses = base + (rows[:, None] * row_stride + cols[None, :] * col_stride)
-    return addresses
 
 
 @triton.jit

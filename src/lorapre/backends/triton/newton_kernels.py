@@ -23,6 +23,7 @@ import triton.language as tl
 
 from lorapre.backends.triton.elements import (
     COLS,
+    COLUMNS_ALIGNED,
     CROSS,
     DECAY,
     G_COL,
@@ -33,6 +34,7 @@ from lorapre.backends.triton.elements import (
     OUTSIDE,
     RATE,
     ROWS,
+    ROWS_ALIGNED,
     STEP,
     STREAM,
     V_SCALE,
@@ -51,8 +53,10 @@ from lorapre.backends.triton.elements import (
     nearest,
     size_of,
     sum_of_parts,
+    tile_of,
+    whole,
 )
-from lorapre.backends.triton.kernels import COLUMNS_ALIGNED, ROWS_ALIGNED, TINY, tile_of, whole
+from lorapre.backends.triton.kernels import TINY
 from lorapre.backends.triton.newton_squares import V_A, V_B, next_right
 
 
