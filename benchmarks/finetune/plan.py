@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from study.plan import rounded
+
 from finetune.profiles import Contestant, Profile
 
 #: Rates of one contestant, after which its grid grows no more.
@@ -67,11 +69,6 @@ class Search:
     rates: tuple[float, ...]
     complete: bool
     best: float | None
-
-
-def rounded(lr: float) -> float:
-    """``lr`` as it is told apart from others: a grid that doubles and halves differs in the last bits."""
-    return float(f"{lr:.6g}")
 
 
 def search(contestant: str, first: float, seed: int, losses: Losses, failed: Collection[Key] = ()) -> Search:

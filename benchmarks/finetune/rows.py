@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from study.plan import rounded
 from study.rows import Row, RowFile
 
-from finetune.plan import Key, rounded
+from finetune.plan import Key
 
 
 class Rows(RowFile[Key]):

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import re
-import time
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from study.pool import Ending, Pool
-from study.session import MOST_LOSSES, say, worker_environments
+from study.pool import Pool
+from study.session import Sessions, worker_environments
 
 from finetune.material import check_material, fingerprint
 from finetune.plan import Key, Run, wanted
@@ -20,13 +18,12 @@ from finetune.profiles import Profile
 from finetune.rows import Rows
 from finetune.training import make_trainer, prepare_tokens
 from lorapre.lab.preparation import record_data
-from lorapre.lab.provenance import provenance
 
 PACKAGES = ("peft", "trl", "datasets", "math-verify")
 
 
-class Session:
-    """What this session knows besides the rows.
+class Session(Sessions[Run]):
+    """A session of the fine-tuning tables.
 
     Args:
         profile: what to train.
@@ -45,9 +42,8 @@ class Session:
         only: re.Pattern[str] | None = None,
     ) -> None:
         rows.check_protocol(profile.protocol)
-        self._profile, self._rows, self._stages, self._deadline = profile, rows, stages, deadline
-        self._only = only
-        self._failures: Counter[Key] = Counter()
+        super().__init__(rows, deadline, only, PACKAGES)
+        self._profile, self._losses, self._stages = profile, rows, stages
 
     def make_runs(self, material: Path, jobs_per_device: int | None) -> None:
         """Make what is wanted, in processes of their own, until nothing is or the deadline has come.
@@ -61,58 +57,22 @@ class Session:
         facts = fingerprint(material, self._profile.task.files)
         folder.mkdir(parents=True, exist_ok=True)
         record_data(folder / "provenance.json", facts, *PACKAGES, seed=0, option=f"--work {folder}")
-        self._origin = provenance(*PACKAGES, seed=0)
         with Pool(worker_environments(jobs_per_device), partial(make_trainer, material, self._profile)) as pool:
             prepare_tokens(material, self._profile)  # meanwhile the processes import what they need
-            while True:
-                self._begin_what_fits(pool)
-                if not pool.running:
-                    break
-                left = self._deadline - time.monotonic()
-                if left <= 0:
-                    say(f"The time is over: {len(pool.running)} unfinished runs are stopped.")
-                    break
-                for ending in pool.ended(None if left == math.inf else left):
-                    self._record(ending)
-        self._say_what_is_left()
+            self._work_off(pool)
 
-    def _failed(self) -> set[Key]:
-        return {key for key, count in self._failures.items() if count >= MOST_LOSSES}
+    def _planned(self, running: set[Key], failed: set[Key]) -> list[Run]:
+        return wanted(self._profile, self._losses.losses, running, failed, self._stages)
 
-    def wanted(self, running: Sequence[Run] = ()) -> list[Run]:
-        """Runs of this session that are to be begun, the most urgent first."""
-        keys = {run.key for run in running}
-        runs = wanted(self._profile, self._rows.losses, keys, self._failed(), self._stages)
-        return [run for run in runs if self._only is None or self._only.search(str(run))]
+    def _fits_beside(self, run: Run, running: Sequence[Run]) -> bool:
+        """A run whose speed counts has the machine for itself."""
+        return not running or not any(each.kind == "speed" for each in (run, *running))
 
-    def _begin_what_fits(self, pool: Pool) -> None:
-        for run in self.wanted(pool.running):
-            running = pool.running
-            alone = run.kind == "speed" or any(other.kind == "speed" for other in running)
-            if not pool.idle or (alone and running):
-                return
-            if time.monotonic() + self.estimate(run) < self._deadline:
-                pool.begin(run)
-
-    def _record(self, ending: Ending) -> None:
-        run, row = ending.run, ending.row
-        name = str(run)
-        if row is None:
-            self._failures[run.key] += 1 if ending.lost else MOST_LOSSES
-            say(f"{name}: FAILED, {ending.error}")
-            return
-        self._rows.add(row | {name: self._origin[name] for name in ("date", "hardware", "versions")})
+    def _said(self, row: dict[str, Any]) -> str:
         said = "diverged" if row["loss"] is None else f"loss {row['loss']:.4f}"
         if "correct" in row:
             said += f", {row['correct']} of {row['asked']} right"
-        say(f"{name}: {said} ({row['prepared']} + {row['trained']} + {row['tested']} s)")
-
-    def _say_what_is_left(self) -> None:
-        left, failed = self.wanted(), self._failed()
-        if left:
-            say(f"{len(left)} runs that are wanted were not made; go on with the same command.")
-        if failed:
-            say(f"{len(failed)} runs failed; the same command tries them again.")
+        return f"{said} ({row['prepared']} + {row['trained']} + {row['tested']} s)"
 
     def estimate(self, run: Run) -> float:
         """Seconds that ``run`` should take.

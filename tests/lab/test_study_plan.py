@@ -461,8 +461,8 @@ def test_of_the_wanted_runs_only_those_that_are_named_are_made(tmp_path: Path) -
     from study.session import Session
 
     rows, profile = Rows(tmp_path / "rows.jsonl"), PROFILES["main"]
-    everything = Session(profile, rows, ("rates",), math.inf)._wanted()
-    some = Session(profile, rows, ("rates",), math.inf, pattern(r"50m adamw|galore@1/4 lr 0\.02"))._wanted()
+    everything = Session(profile, rows, ("rates",), math.inf).wanted()
+    some = Session(profile, rows, ("rates",), math.inf, pattern(r"50m adamw|galore@1/4 lr 0\.02")).wanted()
     assert [str(run) for run in some] == [
         "rates llama-20m 50m adamw lr 0.001 seed 0",
         "rates llama-20m 50m adamw lr 0.002 seed 0",

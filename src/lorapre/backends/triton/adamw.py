@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from lorapre import factors, subspace
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
 from lorapre.backends.triton import bases, cholesky, elements, kernels, table
-from lorapre.backends.triton.coefficients import coefficients
 from lorapre.backends.triton.layout import Layouts, Work
+from lorapre.backends.triton.step import TYPES, Step, on_device_of, turns
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 #: Passes of Cholesky QR.
 _PASSES = 3
 
@@ -42,61 +38,19 @@ def step_buckets(buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts:
         seed: of stochastic rounding (bfloat16 weights), 0 to 2^63 - 1; None rounds to nearest. What is drawn
             depends on the seed, the step, the element, the shape, and the matrix's position in the bucket.
     """
-    device = buckets[0].params[0].device
-    with nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index):
+    with on_device_of(buckets):
         for turn in turns(buckets, lambda one: table.scratch_bytes(one.view, one.state["m_B"][0].dtype)):
             _Step(turn, hyper, layouts, seed).run()
 
 
-def turns(buckets: Sequence[Bucket], scratch: Callable[[Bucket], int]) -> Iterator[list[Bucket]]:
-    """The buckets in parts whose scratch stays below the limit, or that are one parameter, which needs ``scratch``."""
-    limit = table.scratch_limit(sum(param.numel() * param.element_size() for one in buckets for param in one.params))
-    turn: list[Bucket] = []
-    used = 0
-    for bucket in buckets:
-        each = scratch(bucket)
-        start = 0
-        while start < len(bucket.params):
-            room = (limit - used) // each
-            if room <= 0 and turn:
-                yield turn
-                turn, used = [], 0
-                continue
-            count = min(max(1, room), len(bucket.params) - start)
-            turn.append(_part(bucket, start, start + count))
-            used, start = used + count * each, start + count
-    if turn:
-        yield turn
-
-
-def _part(bucket: Bucket, start: int, stop: int) -> Bucket:
-    if (start, stop) == (0, len(bucket.params)):
-        return bucket
-    part = slice(start, stop)
-    return replace(
-        bucket,
-        params=bucket.params[part],
-        grads=bucket.grads[part],
-        state={key: tensors[part] for key, tensors in bucket.state.items()},
-        step=bucket.step[part] if isinstance(bucket.step, Tensor) else bucket.step,
-        first=bucket.first + start * bucket.view.batch,
-    )
-
-
-class _Step:
+class _Step(Step):
     """One step of some buckets; the tensors between its kernels."""
 
     def __init__(
         self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts, seed: int | None
     ) -> None:
-        first = buckets[0]
-        self.hyper, self.layouts, self.seed = hyper, layouts, seed
-        self.device, self.maximize, self.r = first.params[0].device, first.maximize, first.view.rank
-        self.W_dtype, self.G_dtype = first.params[0].dtype, first.grads[0].dtype
-        self.S_dtype = first.state["m_B"][0].dtype
-        self.matrices = layouts.matrices(buckets)
-        self.n = self.matrices.n
-        self.coefficients = coefficients(buckets, hyper, self.n, self.device)
+        super().__init__(buckets, hyper, layouts, seed)
+        self.r = buckets[0].view.rank
         self.blocks = table.blocks(table.PROJECT, self.r, self.G_dtype.itemsize)
         self.update_blocks = table.blocks(table.UPDATE, self.r, max(self.G_dtype.itemsize, self.W_dtype.itemsize))
         # m_B's place takes X, and m_A's takes L, where they can: nobody else needs them any more.
@@ -120,21 +74,8 @@ class _Step:
         self._right_basis()
         self._finish()
 
-    def _empty(self, numel: int) -> Tensor:
-        return torch.empty(numel, dtype=torch.float32, device=self.device)
-
     def _squares(self, count: int) -> Tensor:
         return torch.empty((count, self.r, self.r), dtype=torch.float32, device=self.device)
-
-    def _work(self, sizes: tuple[int, ...], block: int, chosen: tuple[bool, ...] = ()) -> Work:
-        return self.layouts.work(sizes, block, self.device, chosen)
-
-    def _kinds(self, sizes: tuple[int, ...], block: int) -> Iterator[tuple[tuple[int, int], Work]]:
-        """The work of a pass, apart for each order of W and of G."""
-        kinds = sorted(set(self.matrices.kinds))
-        for kind in kinds:
-            chosen = tuple(one == kind for one in self.matrices.kinds) if len(kinds) > 1 else ()
-            yield kind, self._work(sizes, block, chosen)
 
     def _project(self) -> None:
         block, hyper = self.blocks, self.hyper
@@ -151,8 +92,8 @@ class _Step:
                 hyper.beta1,
                 1.0 - hyper.beta1,
                 hyper.beta2,
-                G_TYPE=_TYPES[self.G_dtype],
-                S_TYPE=_TYPES[self.S_dtype],
+                G_TYPE=TYPES[self.G_dtype],
+                S_TYPE=TYPES[self.S_dtype],
                 R=self.r,
                 BLOCK_R=block.rank,
                 BLOCK_P=block.rows,
@@ -220,9 +161,9 @@ class _Step:
                 hyper.eps,
                 factors.update_bound(hyper.beta2),
                 0 if self.seed is None else self.seed,
-                W_TYPE=_TYPES[self.W_dtype],
-                G_TYPE=_TYPES[self.G_dtype],
-                S_TYPE=_TYPES[self.S_dtype],
+                W_TYPE=TYPES[self.W_dtype],
+                G_TYPE=TYPES[self.G_dtype],
+                S_TYPE=TYPES[self.S_dtype],
                 R=self.r,
                 BLOCK_R=block.rank,
                 BLOCK_P=block.rows,
@@ -259,7 +200,7 @@ class _Step:
             self.triangles,
             self.row_sums,
             self.hyper.beta2,
-            S_TYPE=_TYPES[self.S_dtype],
+            S_TYPE=TYPES[self.S_dtype],
             R=self.r,
             BLOCK_R=table.padded(self.r),
             BLOCK=block.rows,

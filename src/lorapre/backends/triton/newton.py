@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,9 +13,8 @@ from lorapre import factors
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
 from lorapre.backends.triton import newton_inverses, newton_kernels, newton_squares, table
-from lorapre.backends.triton.adamw import _TYPES, turns
-from lorapre.backends.triton.coefficients import coefficients
-from lorapre.backends.triton.layout import Layouts, Work
+from lorapre.backends.triton.layout import Layouts
+from lorapre.backends.triton.step import TYPES, Step, on_device_of, turns
 
 
 def step_buckets(buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts, *, seed: int | None) -> None:
@@ -28,8 +26,7 @@ def step_buckets(buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts:
     order of the numbers of W and of G. Arguments as of `lorapre.backends.triton.adamw.step_buckets`, whose turns these
     are too.
     """
-    device = buckets[0].params[0].device
-    with nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index):
+    with on_device_of(buckets):
         for turn in turns(buckets, lambda one: table.newton_scratch_bytes(one.view, second_rank(one))):
             _Step(turn, hyper, layouts, seed).run()
 
@@ -39,21 +36,15 @@ def second_rank(bucket: Bucket) -> int:
     return bucket.state["v_A"][0].shape[-2]
 
 
-class _Step:
+class _Step(Step):
     """One step of some buckets; the tensors between its kernels."""
 
     def __init__(
         self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts, seed: int | None
     ) -> None:
-        first = buckets[0]
-        self.hyper, self.layouts, self.seed = hyper, layouts, seed
-        self.device, self.maximize = first.params[0].device, first.maximize
-        self.ranks = first.view.rank, second_rank(first)
-        self.W_dtype, self.G_dtype = first.params[0].dtype, first.grads[0].dtype
-        self.S_type = _TYPES[first.state["m_B"][0].dtype]
-        self.matrices = layouts.matrices(buckets)
-        self.n = self.matrices.n
-        self.coefficients = coefficients(buckets, hyper, self.n, self.device)
+        super().__init__(buckets, hyper, layouts, seed)
+        self.ranks = buckets[0].view.rank, second_rank(buckets[0])
+        self.S_type = TYPES[self.S_dtype]
         self.relative = hyper.regressor.damping_mode == "relative"
         self.residual = abs(hyper.residual_gain - (1.0 - hyper.beta1)) > 1e-12
         self.rates = 1.0 - hyper.beta1**0.5, 1.0 - hyper.beta2**0.25  # equation (3)
@@ -90,19 +81,6 @@ class _Step:
             self._invert((1,))
         self._update()
         self._finish()
-
-    def _empty(self, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(numel, dtype=dtype, device=self.device)
-
-    def _work(self, sizes: tuple[int, ...], block: int, chosen: tuple[bool, ...] = ()) -> Work:
-        return self.layouts.work(sizes, block, self.device, chosen)
-
-    def _kinds(self, sizes: tuple[int, ...], block: int) -> Iterator[tuple[tuple[int, int], Work]]:
-        """The work of a pass, apart for each order of W and of G."""
-        kinds = sorted(set(self.matrices.kinds))
-        for kind in kinds:
-            chosen = tuple(one == kind for one in self.matrices.kinds) if len(kinds) > 1 else ()
-            yield kind, self._work(sizes, block, chosen)
 
     def _moments(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """The first moment of a launch that is for both or for each, and what says so."""
@@ -172,7 +150,7 @@ class _Step:
                 self.coefficients,
                 *self.Y,
                 self.parts,
-                G_TYPE=_TYPES[self.G_dtype],
+                G_TYPE=TYPES[self.G_dtype],
                 S_TYPE=self.S_type,
                 BLOCK_P=block.rows,
                 BLOCK_Q=block.cols,
@@ -228,8 +206,8 @@ class _Step:
                 hyper.eps,
                 factors.update_bound(hyper.beta2),
                 0 if self.seed is None else self.seed,
-                W_TYPE=_TYPES[self.W_dtype],
-                G_TYPE=_TYPES[self.G_dtype],
+                W_TYPE=TYPES[self.W_dtype],
+                G_TYPE=TYPES[self.G_dtype],
                 S_TYPE=self.S_type,
                 BLOCK_P=block.rows,
                 BLOCK_Q=block.cols,
