@@ -269,7 +269,7 @@ for target, rank, kind, narrow, precision in (
     build(bases.apply, target, block, BLOCK_R=whole, BLOCK=block.rows, OUT=block.cols, SCALE=True,
           GRAM=not narrow, CARRY=False, **shared)
     block = table.finish_blocks(rank)
-    build(bases.finish, target, block, BLOCK_R=whole, BLOCK=block.rows, OUT=block.cols, S_TYPE=kind,
+    build(bases.finish, target, block, BLOCK_R=whole, BLOCK=block.rows, OUT=block.cols, INNER=block.rank, S_TYPE=kind,
           L_IN_STATE=not narrow, PRECISION=precision, **R)
     block = table.blocks(table.PROJECT, rank, size)
     tile = dict(R, BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=True, CLIP=True, BF16=narrow)

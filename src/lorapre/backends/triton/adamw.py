@@ -205,6 +205,7 @@ class _Step(Step):
             BLOCK_R=table.padded(self.r),
             BLOCK=block.rows,
             OUT=block.cols,
+            INNER=block.rank,
             L_IN_STATE=self.L_in_state,
             PRECISION=table.PRECISION["bases"],
             **table.launch(block),

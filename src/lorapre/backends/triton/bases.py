@@ -182,7 +182,7 @@ def apply(
             other=0.0,
         )
         x = x * scale
-        for at in tl.static_range(0, BLOCK_R, OUT):
+        for at in range(0, BLOCK_R, OUT):
             out = at + tl.arange(0, OUT)
             if OUT != BLOCK_R:
                 t = tl.load(
@@ -228,6 +228,7 @@ def finish(
     BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
     OUT: tl.constexpr,
+    INNER: tl.constexpr,
     L_IN_STATE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -241,7 +242,6 @@ def finish(
     q = size_of(matrices, matrix, Q)
     on = (tl.load(coefficients + matrix * WIDTH + ON) != 0).to(tl.int32)
     rows = tile * BLOCK + tl.arange(0, BLOCK)
-    ranks = tl.arange(0, BLOCK_R)
     length = tl.where(left, p, q)
     left_base, left_column = factor(matrices, matrix, U, p, False, False)
     right_base, right_column = factor(matrices, matrix, L, q, True, L_IN_STATE)
@@ -251,20 +251,24 @@ def finish(
     factor_of = tl.where(left, triangles, T) + matrix * R * R
     in_stride = tl.where(left, 1, R)
     out_stride = tl.where(left, R, 1)
-    x = tl.load(
-        source + (rows[:, None] + ranks[None, :] * column),
-        mask=(rows < length)[:, None] & (ranks < R)[None, :],
-        other=0.0,
-    )
     inside = rows < length * on
-    for at in tl.static_range(0, BLOCK_R, OUT):
+    for at in range(0, BLOCK_R, OUT):
         out = at + tl.arange(0, OUT)
-        t = tl.load(
-            factor_of + (ranks[:, None] * in_stride + out[None, :] * out_stride),
-            mask=(ranks < R)[:, None] & (out < R)[None, :],
-            other=0.0,
-        )
-        new = nearest(tl.dot(x, t, input_precision=PRECISION), S_TYPE)
+        total = tl.zeros((BLOCK, OUT), tl.float32)
+        for inner in range(0, BLOCK_R, INNER):
+            ranks = inner + tl.arange(0, INNER)
+            x = tl.load(
+                source + (rows[:, None] + ranks[None, :] * column),
+                mask=(rows < length)[:, None] & (ranks < R)[None, :],
+                other=0.0,
+            )
+            t = tl.load(
+                factor_of + (ranks[:, None] * in_stride + out[None, :] * out_stride),
+                mask=(ranks < R)[:, None] & (out < R)[None, :],
+                other=0.0,
+            )
+            total = tl.dot(x, t, total, input_precision=PRECISION)
+        new = nearest(total, S_TYPE)
         if left:
             tl.store(target + (rows[:, None] * R + out[None, :]), new, mask=inside[:, None] & (out < R)[None, :])
         else:

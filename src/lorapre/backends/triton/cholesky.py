@@ -180,5 +180,6 @@ def inverse_cholesky(
                 )
                 own = tl.sum(tl.where(inner[:, None] == wide[None, :], length[None, :], 0.0), axis=1)
                 total += tl.dot(upper, old * own[:, None], input_precision=PRECISION)
+        tl.debug_barrier()  # all have read what is overwritten
         tl.store(before_base + at, total, mask=inside & (keep != 0))
         tl.debug_barrier()

@@ -154,13 +154,15 @@ def cholesky_blocks(rank: int) -> Blocks:
 def apply_blocks(rank: int) -> Blocks:
     """Rows at once, and ``cols`` ranks of the result at once, of a factor times an (r, r) matrix."""
     whole = padded(rank)
-    return Blocks(64 if whole < 128 else 32, whole if rank <= FUSED_RANK else 32, whole, 8 if whole > 64 else 4, 2)
+    fused = rank <= FUSED_RANK
+    rows = 64 if whole < 128 else 32 if whole < 512 else 16
+    return Blocks(rows, whole if fused else 32, whole, 8 if whole > 64 else 4, 2 if fused else 1)
 
 
 def finish_blocks(rank: int) -> Blocks:
-    """The same of the last one, whose programs take one tile each."""
+    """The same of the last one, whose programs take one tile each and ``rank`` numbers of a sum at once."""
     whole = padded(rank)
-    return Blocks(128 if whole <= 128 else 64, min(whole, 64), whole, 8 if whole > 32 else 4, 1)
+    return Blocks(128 if whole < 128 else 64, min(whole, 64), min(whole, 128), 8 if whole > 32 else 4, 1)
 
 
 def scratch_bytes(view: MatrixView, state_dtype: torch.dtype) -> int:
