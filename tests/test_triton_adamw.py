@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from _support import ReferenceRun, Shape, assert_close, assert_same_bits, gradients, make_params, set_grads, snapshot
-from _triton import OPTIONS, TritonAdamW, both, needs_triton, params_of, scalars_as_bounds, small_blocks  # noqa: F401
+from _triton import OPTIONS, EagerAdamW, TritonAdamW, both, needs_triton, params_of, scalars_as_bounds, small_blocks  # noqa: F401
 from lorapre.backends.batches import Bucket
 from lorapre.backends.triton import table
 
@@ -247,3 +247,21 @@ def test_a_rerun_gives_the_same_bits(device: torch.device) -> None:
         optimizer.step()
         results.append(snapshot(optimizer))
     assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("across", [False, True], ids=["rows", "columns"])
+def test_a_part_of_a_wider_matrix_is_stepped_and_nothing_beside_it(across: bool, device: torch.device) -> None:
+    # 20 numbers from row to row: 16 bytes are a divisor, the 8 numbers that the kernels round to are none
+    steps = []
+    for kind in (TritonAdamW, EagerAdamW):
+        wide = torch.linspace(-1, 1, 24 * 20, device=device).view(24, 20)
+        part = wide[:, :16].mT if across else wide[:, :16]
+        param = nn.Parameter(part)
+        assert param.data_ptr() == wide.data_ptr()
+        optimizer = kind([param], rank=4, **OPTIONS)
+        before = wide.clone()
+        param.grad = next(gradients(tuple(param.shape), 1)).to(device, torch.float32)
+        optimizer.step()
+        assert torch.equal(wide[:, 16:], before[:, 16:])
+        steps.append(wide)
+    assert_close(*steps, 1e-5)

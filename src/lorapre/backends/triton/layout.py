@@ -42,18 +42,16 @@ class Place:
     row: int
     col: int
 
-    def order(self, view: MatrixView, itemsize: int, bases_aligned: bool) -> int:
+    def order(self, view: MatrixView, bases_aligned: bool) -> int:
         """What the kernels may take for granted: `ROWS_ALIGNED`, `COLUMNS_ALIGNED`, `IN_ROWS`, `IN_COLUMNS`, `STRIDED`.
 
-        Aligned are matrices whose every row, or column, starts at a multiple of 16 bytes and is as many 16 bytes long,
-        as are those of the state that go with it.
+        Aligned are matrices that begin at a multiple of 16 bytes, and whose rows, or columns, are a multiple of 8
+        numbers long and apart: the kernels round lengths and strides down to that (`elements.whole`).
         """
         if self.col == 1:
-            whole = bases_aligned and self.row * itemsize % 16 == 0 and view.q % 8 == 0
-            return ROWS_ALIGNED if whole else IN_ROWS
+            return ROWS_ALIGNED if bases_aligned and self.row % 8 == 0 and view.q % 8 == 0 else IN_ROWS
         if self.row == 1:
-            whole = bases_aligned and self.col * itemsize % 16 == 0 and view.p % 8 == 0
-            return COLUMNS_ALIGNED if whole else IN_COLUMNS
+            return COLUMNS_ALIGNED if bases_aligned and self.col % 8 == 0 and view.p % 8 == 0 else IN_COLUMNS
         return STRIDED
 
 
@@ -193,8 +191,8 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
             for bases, step in zip(lists, steps, strict=True)
         ]
         kind = (
-            places[0].order(view, sizes[0], aligned[0] and all(aligned[2:])),
-            places[1].order(view, sizes[1], aligned[1] and all(aligned[2:])),
+            places[0].order(view, aligned[0] and all(aligned[2:])),
+            places[1].order(view, aligned[1] and all(aligned[2:])),
         )
         strides = [places[0].row, places[0].col, places[1].row, places[1].col]
         number = bucket.first
