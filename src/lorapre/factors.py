@@ -240,20 +240,21 @@ def read_momentum(
     keep: Coefficient,
     inside: Coefficient,
     outside: Coefficient,
+    inplace: bool = False,
 ) -> Tensor:
     """What enters the weight update, from the factors of step t - 1 and the whole gradient, (n, p, q):
 
         m = keep B A + inside P(G) + outside (G - P(G)),  P(G) = left A
 
-    Equation (4) is keep = beta1 and inside = outside = 1 - beta1; (8) is mu, 1 and 1.
+    Equation (4) is keep = beta1 and inside = outside = 1 - beta1; (8) is mu, 1 and 1. ``inplace`` puts it in G's place.
     """
     if isinstance(inside, float) and isinstance(outside, float) and inside == outside:
         X = B * keep
     else:
         X = B * keep + left * (inside - outside)  # (n, p, r)
     if isinstance(outside, Tensor):
-        return torch.baddbmm(G * outside, X, A)
-    return torch.baddbmm(G, X, A, beta=outside)
+        return (G.mul_(outside) if inplace else G * outside).baddbmm_(X, A)
+    return G.baddbmm_(X, A, beta=outside) if inplace else torch.baddbmm(G, X, A, beta=outside)
 
 
 def second_moment(B: Tensor, A: Tensor, G: Tensor, beta2: float) -> Tensor:
@@ -263,9 +264,15 @@ def second_moment(B: Tensor, A: Tensor, G: Tensor, beta2: float) -> Tensor:
 
 
 def rank1_second_moment(
-    row: Tensor, col: Tensor, G: Tensor, beta2: float, rate: Coefficient
+    row: Tensor,
+    col: Tensor,
+    G: Tensor,
+    beta2: float,
+    rate: Coefficient,
+    correction: Coefficient = 1.0,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """v_t = beta2 row col / mean(row) + (1 - beta2) G^2, (n, p, q), and the row and column means one step on.
+    """v_t = (beta2 row col / mean(row) + (1 - beta2) G^2) / correction, and the row and column means one step on.
 
     The outer product is Adafactor's estimate (arXiv 1804.04235); G^2 enters in full, as in equation (5), so that
     |G| / sqrt(v_t) cannot exceed (1 - beta2)^(-1/2). Non-negative by construction.
@@ -276,13 +283,15 @@ def rank1_second_moment(
         G: (n, p, q).
         beta2: decay rate of v.
         rate: of the means, 1 - beta2, or 0 where nothing is to change.
+        correction: of the bias, what v_t (n, p, q) is divided by.
+        out: (n, p, q), takes v_t.
     """
     mean = row.mean(dim=-2, keepdim=True)  # (n, 1, 1)
-    scaled = torch.where(mean > 0, row / mean, 0.0) * beta2
-    squares = torch.mul(G, G)  # a power is slower
+    scaled = torch.where(mean > 0, row / mean, 0.0) * (beta2 / correction)
+    squares = torch.mul(G, G, out=out)  # a power is slower
     new_row = torch.lerp(row, squares.mean(dim=-1, keepdim=True), rate)
     new_col = torch.lerp(col, squares.mean(dim=-2, keepdim=True), rate)
-    return squares.mul_(1.0 - beta2).addcmul_(scaled, col), new_row, new_col
+    return squares.mul_((1.0 - beta2) / correction).addcmul_(scaled, col), new_row, new_col
 
 
 def update_bound(beta2: float) -> float:

@@ -115,9 +115,15 @@ def scratch_bytes(optimizer: Optimizer) -> int | None:
             elif kind.numel:
                 buckets[kind, param.device] += 1
         peaks.append(_adamw_scratch(dense, group))
+        # Buffers of a matrix's size are shared by all that have one dtype; the rest is freed after each piece.
+        buffers: dict[tuple[int, torch.device], int] = {}
+        rest = 0
         for (kind, device), count in buckets.items():
             together = min(count, max(1, scratch_numel(device) // kind.numel))
-            peaks.append(together * _at_once(kind, optimizer, group))
+            shared, own = _at_once(kind, optimizer, group)
+            buffers[kind.width, device] = max(buffers.get((kind.width, device), 0), together * shared)
+            rest = max(rest, together * own)
+        peaks.append(sum(buffers.values()) + rest)
     return max(peaks)
 
 
@@ -164,24 +170,27 @@ def _adamw_scratch(kinds: Iterable[_Kind], group: Group) -> int:
     return copies + (0 if group["capturable"] else max((3 + negated) * largest, (1 + negated) * together))
 
 
-def _at_once(kind: _Kind, optimizer: FactoredOptimizer, group: Group) -> int:
-    """Bytes that the update of one parameter holds at once, outside AdamW."""
+def _at_once(kind: _Kind, optimizer: FactoredOptimizer, group: Group) -> tuple[int, int]:
+    """Bytes that the update of one parameter holds at once, outside AdamW: in shared buffers, and besides."""
     view, width = kind.view, kind.width
     narrow = kind.weight_width < width
-    if view is None:  # the gradient, the momentum old and new, and the two terms of their sum
-        return 5 * width * kind.numel
+    if view is None:  # the gradient; the momentum old and new, and a term of its sum
+        return width * kind.numel, 3 * width * kind.numel
     dense = width * view.p * view.q
     factors = _factor_scratch(view, width)
+    shared = 1  # the gradients, whose place the update takes
     if isinstance(optimizer, LoRAPreAdamW):
-        if group["second_moment"] == "hadamard" and group["second_moment_rank"] is not None:
+        second = group["second_moment"]
+        if second == "hadamard" and group["second_moment_rank"] is not None:
             factors = max(factors, _factor_scratch(with_rank(view, group["second_moment_rank"]), width))
-        peak = 3 * dense + factors  # the gradients, m and v
+        shared += (second == "rank1") + (second == "hadamard" or group["update_clipping"])  # v; |G| or G / sqrt(v)
+        own = dense * ((second != "rank1") + (group["update_clipping"] and not group["bounded"])) + factors
     elif isinstance(optimizer, LoRAPreMuon):
-        # The gradients, m, two of the iteration's matrices and two of its Gram matrices.
-        peak = max(2 * dense + factors, 4 * dense + 2 * width * min(view.p, view.q) ** 2)
+        # Two of the iteration's matrices and two of its Gram matrices.
+        own = max(factors, 2 * dense + 2 * width * min(view.p, view.q) ** 2)
     else:
-        peak = 2 * dense + max(factors, dense * narrow)
-    return view.batch * peak
+        own = max(factors, dense * narrow)
+    return view.batch * shared * dense, view.batch * own
 
 
 def _factor_scratch(view: MatrixView, width: int) -> int:

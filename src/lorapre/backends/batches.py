@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,14 +16,31 @@ from lorapre.routing import MatrixView
 #: such buffers live at once: the gradients, m and v.
 MAX_SCRATCH_NUMEL = 2**26
 
-#: The same on a CPU, whose caches hold such pieces, and whose allocator hands the same memory out again: larger
-#: buffers are new pages each time, and a step takes up to twice as long.
+#: The same on a CPU, whose caches hold such pieces: with larger ones a step takes up to twice as long.
 CACHED_NUMEL = 2**21
 
 
 def scratch_numel(device: torch.device) -> int:
     """Largest batch of p x q scratch on ``device``, in numbers."""
     return min(MAX_SCRATCH_NUMEL, CACHED_NUMEL) if device.type == "cpu" else MAX_SCRATCH_NUMEL
+
+
+class Scratch:
+    """Buffers that pieces take one after the other.
+
+    On a CPU new memory of this size comes as new pages, which cost more than the arithmetic on them.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer of ``shape``, uninitialised. It is the same memory as all others of this ``name``."""
+        key, numel = (name, dtype, device), math.prod(shape)
+        if key not in self._buffers or self._buffers[key].numel() < numel:
+            self._buffers.pop(key, None)  # before the larger one is there
+            self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
+        return self._buffers[key][:numel].view(shape)
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,7 @@ class Bucket:
         maximize: ascend.
         enabled: a 0-d bool tensor on the device; where False, nothing changes (the gradients are not finite).
         first: how many matrices of the same kind went before, where a bucket is a part of one.
+        scratch: what its pieces take their p x q buffers from.
     """
 
     view: MatrixView
@@ -48,6 +67,7 @@ class Bucket:
     maximize: bool
     enabled: Tensor | None = None
     first: int = 0
+    scratch: Scratch = field(default_factory=Scratch, compare=False)
 
     def pieces(self) -> Iterator[Piece]:
         """The bucket in parts whose p x q scratch stays below `scratch_numel` (or is one parameter)."""
@@ -58,18 +78,17 @@ class Bucket:
             if isinstance(step, Tensor):  # one coefficient a matrix, to broadcast over its rows and columns
                 step = step[part].repeat_interleave(self.view.batch)[:, None, None]
             state = {key: tensors[part] for key, tensors in self.state.items()}
-            piece = Piece(self.view, self.params[part], self.grads[part], state, step, self.enabled)
+            piece = Piece(self.view, self.params[part], self.grads[part], state, step, self.enabled, self.scratch)
             if self.maximize:
                 piece.G.neg_()
             yield piece
-            del piece  # before the next one takes its memory
 
 
 class Piece:
     """Part of a bucket that is updated at once, in a dtype wide enough for weights and state.
 
     Attributes:
-        G: gradients (n, p, q) to descend along, a copy; zeros where the step is not enabled.
+        G: gradients (n, p, q) to descend along, a copy in scratch; zeros where the step is not enabled.
         step: number of this step, a float or a tensor (n, 1, 1).
         on: 1.0, or ``enabled`` as a number.
         enabled: as in `Bucket`.
@@ -83,6 +102,7 @@ class Piece:
         state: dict[str, list[Tensor]],
         step: Coefficient,
         enabled: Tensor | None,
+        scratch: Scratch,
     ) -> None:
         self._view, self._params, self._state = view, params, state
         self.enabled = enabled
@@ -93,9 +113,15 @@ class Piece:
         self.on: Coefficient = 1.0 if enabled is None else enabled.to(self._dtype)
         self._shapes = {"B": (n, view.p, -1), "A": (n, -1, view.q), "row": (n, view.p, 1), "col": (n, 1, view.q)}
         self._full = (n, view.p, view.q)
-        self.G = gather(grads, self._full, self._dtype)
+        self._scratch, self._device = scratch, params[0].device
+        self.G = self.buffer("G")
+        torch._foreach_copy_(list(self.G.view(len(params), *params[0].shape).unbind(0)), grads)
         if enabled is not None:
-            self.G = torch.where(enabled, self.G, 0.0)
+            self.G.masked_fill_(~enabled, 0.0)
+
+    def buffer(self, name: str) -> Tensor:
+        """Scratch (n, p, q), uninitialised, of this piece until the next one asks for the same ``name``."""
+        return self._scratch.take(name, self._full, self._dtype, self._device)
 
     def __getitem__(self, key: str) -> Tensor:
         """A copy of the state ``key`` as a batch of matrices."""

@@ -42,7 +42,6 @@ def lorapre_adamw(bucket: Bucket, hyper: AdamHyperparameters) -> None:
 
 
 def _adamw_piece(piece: Piece, hyper: AdamHyperparameters) -> None:
-    m = _first_moment(piece, hyper)  # (n, p, q), bias-corrected
     v_hat = _second_moment(piece, hyper)  # (n, p, q)
     eps: Coefficient = hyper.eps
     if hyper.relative_eps:
@@ -54,15 +53,16 @@ def _adamw_piece(piece: Piece, hyper: AdamHyperparameters) -> None:
     rate: Coefficient = piece.on * hyper.lr * hyper.scale
     if hyper.update_clipping:
         whole = denominator if hyper.bounded else denominator.masked_fill(denominator == 0, math.inf)
-        surprise = piece.G.div_(whole)  # the gradients are not needed any more
+        surprise = torch.div(piece.G, whole, out=piece.buffer("scratch"))
         norm = torch.linalg.vector_norm(surprise, dim=(-2, -1), keepdim=True)
         rate = rate / (norm / surprise[0].numel() ** 0.5).clamp_(min=1.0)  # (n, 1, 1)
-    m.div_(denominator.add_(eps))
+    update = _first_moment(piece, hyper)  # (n, p, q), bias-corrected; the gradients are gone
+    update.div_(denominator.add_(eps))
     if hyper.bounded:
         limit = factors.update_bound(hyper.beta2)
-        m.clamp_(-limit, limit)
-    m.mul_(-rate)
-    piece.apply(m, 1.0 - piece.on * hyper.lr * hyper.weight_decay, scratch=denominator)
+        update.clamp_(-limit, limit)
+    update.mul_(-rate)
+    piece.apply(update, 1.0 - piece.on * hyper.lr * hyper.weight_decay, scratch=denominator)
 
 
 def momentum(
@@ -77,6 +77,8 @@ def momentum(
 ) -> Tensor:
     """The factored momentum of any optimizer: what enters the update (n, p, q), and the factors one step on.
 
+    It takes the place of the gradients, which are gone then: a copy of them would cost as much as a product.
+
     Args:
         piece: matrices with the state ``m_B`` and ``m_A``, or ``momentum_buffer`` in full, which advances.
         regressor: how the factors follow.
@@ -89,14 +91,13 @@ def momentum(
     G = piece.G
     if "momentum_buffer" in piece:
         M = piece["momentum_buffer"]
-        new = M * decay + G * gain
+        new = (M * decay).add_(G * gain)
         piece["momentum_buffer"] = new if piece.enabled is None else torch.where(piece.enabled, new, M)
-        return M.mul_(keep).add_(G * inside)
+        return G.mul_(inside).add_(M.mul_(keep))
     B, A = piece["m_B"], piece["m_A"]
     left = regressor.project(A, G)
-    m = factors.read_momentum(B, A, G, left, keep=keep, inside=inside, outside=outside)
     piece["m_B"], piece["m_A"] = regressor.advance(B, A, G, left, decay=decay, gain=gain, on=piece.enabled)
-    return m
+    return factors.read_momentum(B, A, G, left, keep=keep, inside=inside, outside=outside, inplace=True)
 
 
 def _first_moment(piece: Piece, hyper: AdamHyperparameters) -> Tensor:
@@ -107,7 +108,7 @@ def _first_moment(piece: Piece, hyper: AdamHyperparameters) -> Tensor:
 
 
 def _second_moment(piece: Piece, hyper: AdamHyperparameters) -> Tensor:
-    """vhat_t (n, p, q) from the state of step t - 1, which advances. May overwrite the gradients."""
+    """vhat_t (n, p, q) from the state of step t - 1, which advances."""
     G, beta2 = piece.G, hyper.beta2
     rate = piece.on * (1.0 - beta2)
     correction: Coefficient = 1.0 - beta2**piece.step
@@ -117,11 +118,14 @@ def _second_moment(piece: Piece, hyper: AdamHyperparameters) -> Tensor:
         piece["exp_avg_sq"] = v
     elif "v_row" in piece:
         row, col = piece["v_row"], piece["v_col"]
-        v, piece["v_row"], piece["v_col"] = factors.rank1_second_moment(row, col, G, beta2, rate)
+        v, piece["v_row"], piece["v_col"] = factors.rank1_second_moment(
+            row, col, G, beta2, rate, correction, out=piece.buffer("v")
+        )
+        return v
     else:
         B, A = piece["v_B"], piece["v_A"]
         v = factors.second_moment(B, A, G, beta2)
-        magnitude = G.abs_()
+        magnitude = torch.abs(G, out=piece.buffer("scratch"))
         left = hyper.regressor.project(A, magnitude)
         decay = beta2**0.5  # of the square root of v
         piece["v_B"], piece["v_A"] = hyper.regressor.advance(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lorapre import factors
-from lorapre.backends.batches import Bucket
+from lorapre.backends.batches import Bucket, Scratch
 from lorapre.factors import Coefficient, Regressor
 from lorapre.optim.checks import check_options
 from lorapre.optim.gradients import check_gradients
@@ -276,6 +276,7 @@ class FactoredOptimizer(Optimizer):
             dtype = next(value.dtype for name, value in state.items() if name != "step")
             key = (view, param.shape, param.device, param.dtype, dtype, count)
             buckets[key].append(param)
+        scratch = Scratch()
         by_device: dict[torch.device, list[Bucket]] = defaultdict(list)
         advancing: list[list[Tensor]] = []
         for (view, *_, count), params in buckets.items():
@@ -289,6 +290,7 @@ class FactoredOptimizer(Optimizer):
                 step=torch.stack(steps) + 1 if count is None else count + 1.0,
                 maximize=group["maximize"],
                 enabled=None if mask is None else mask.to(params[0].device),
+                scratch=scratch,
             )
             by_device[params[0].device].append(bucket)
             advancing.append(steps)
