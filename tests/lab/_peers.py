@@ -50,16 +50,20 @@ def make(entry: OptimizerEntry, model: nn.Module, run: Run | None = None) -> Opt
     """As the recipe makes it; projections are renewed every ``run.gap`` steps."""
     run = run or Run()
     config = PretrainConfig(
-        rank=run.rank, beta1=run.beta1, beta2=run.beta2, weight_decay=run.weight_decay, seed=run.seed
+        rank=run.rank,
+        beta1=run.beta1,
+        beta2=run.beta2,
+        weight_decay=run.weight_decay,
+        seed=run.seed,
+        options={"update_proj_gap": run.gap} if "update_proj_gap" in entry.options else {},
     )
     if entry.prepare is not None:
         entry.prepare(model, config)
     make_optimizer, kwargs = entry.build(model, config, LR, DENSE_LR)
     optimizer = make_optimizer(**kwargs)
     for group in optimizer.param_groups:
-        for name in ("update_proj_gap", "kappa"):
-            if name in group:
-                group[name] = run.gap
+        if "kappa" in group:
+            group["kappa"] = run.gap
     return optimizer
 
 

@@ -140,6 +140,9 @@ CASES: dict[str, Case] = {
     "option set twice": Case({"set": ["eps=1", "eps=2"]}, ["--set eps=2", "twice"]),
     "option of no type": Case({"set": "scale=much"}, ["--set scale=much", "number", "scale=1.0"]),
     "option that the optimizer refuses": Case({"set": "damping=0"}, ["--set damping=0", "above 0", "leave it out"]),
+    "option out of a rival's range": Case(
+        {"optimizer": "galore", "set": "update_proj_gap=0"}, ["--set update_proj_gap=0", "equal to 1", "scale=0.25"]
+    ),
     "option that the lab sets": Case({"set": "betas=[0.9,0.95]"}, ["--set betas=[0.9,0.95]", "--beta1"]),
     "option of an optimizer that has none": Case(
         {"optimizer": "muon", "set": "eps=1"}, ["--set eps=1", "muon takes no options", "lorapre-adamw"]

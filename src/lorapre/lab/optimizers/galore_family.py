@@ -5,9 +5,10 @@ All three keep a Python object, the projector, in the state of each matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
+from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
@@ -28,9 +29,26 @@ from lorapre.lab.optimizers.entry import (
     ParameterSplit,
     split_parameters,
 )
+from lorapre.lab.optimizers.options import Option, defaults
 
-#: Steps between two projections, in the pre-training scripts of all three.
-_GAP = 200
+#: Steps between two projections: 200 in the pre-training scripts of all three. A run of fewer projects once.
+_GAP = Option(Annotated[int, Field(ge=1)], 200)
+
+
+def _scale(default: float) -> Option:
+    """Of the update, but for the rest of the gradient where there is one."""
+    return Option(Annotated[float, Field(gt=0)], default)
+
+
+_GALORE_OPTIONS = {"update_proj_gap": _GAP, "scale": _scale(0.25)}
+_FIRA_OPTIONS = {"update_proj_gap": _GAP, "alpha": _scale(0.25)}
+_APOLLO_OPTIONS = {"update_proj_gap": _GAP, "scale": _scale(1.0)}
+_APOLLO_MINI_OPTIONS = {"update_proj_gap": _GAP, "scale": _scale(128.0)}
+
+
+def _given(options: Mapping[str, Option], config: PretrainConfig) -> dict[str, Any]:
+    """All ``options``, those that ``config`` sets as it sets them."""
+    return {**defaults(options), **{name: options[name].read(value) for name, value in config.options.items()}}
 
 
 def _move_projectors(optimizer: Optimizer) -> None:
@@ -59,25 +77,25 @@ def _rest(split: ParameterSplit) -> list[Group]:
 
 def _galore(model: nn.Module, config: PretrainConfig, lr: float, dense_lr: float) -> ClassAndKwargs:
     split = split_parameters(model, rank=config.rank, dense_lr=dense_lr)
-    groups = low_rank_groups(split, update_proj_gap=_GAP, scale=0.25, proj_type="std")
+    groups = low_rank_groups(split, **_given(_GALORE_OPTIONS, config), proj_type="std")
     part = (_make("galore_torch", "GaLoreAdamW", **adam_options(config, lr)), groups)
     return beside_adamw(part, _rest(split), config, lr)
 
 
 def _fira(model: nn.Module, config: PretrainConfig, lr: float, dense_lr: float) -> ClassAndKwargs:
     split = split_parameters(model, rank=config.rank, dense_lr=dense_lr)
-    groups = low_rank_groups(split, update_proj_gap=_GAP, alpha=0.25, proj_type="std")
+    groups = low_rank_groups(split, **_given(_FIRA_OPTIONS, config), proj_type="std")
     part = (_make("fira", "FiraAdamW", **adam_options(config, lr)), groups)
     return beside_adamw(part, _rest(split), config, lr)
 
 
-def _apollo(*, scale_type: str, scale: float, rank: int | None = None) -> Build:
+def _apollo(options: Mapping[str, Option], *, scale_type: str, rank: int | None = None) -> Build:
     """Build APOLLO; ``rank`` None takes the configuration's."""
 
     def build(model: nn.Module, config: PretrainConfig, lr: float, dense_lr: float) -> ClassAndKwargs:
         split = split_parameters(model, rank=config.rank if rank is None else rank, dense_lr=dense_lr)
         groups = low_rank_groups(
-            split, proj="random", scale_type=scale_type, scale=scale, update_proj_gap=_GAP, proj_type="std"
+            split, proj="random", scale_type=scale_type, **_given(options, config), proj_type="std"
         )
         part = (_make("apollo_torch", "APOLLOAdamW", **adam_options(config, lr)), groups)
         return beside_adamw(part, _rest(split), config, lr)
@@ -116,6 +134,7 @@ ENTRIES = (
         title="GaLore",
         source="arXiv 2403.03507; galore-torch, scale 0.25, projection every 200 steps",
         build=_galore,
+        options=_GALORE_OPTIONS,
         state_bytes=_galore_bytes,
         default_lr=1e-2,
         ranked=True,
@@ -131,6 +150,7 @@ ENTRIES = (
         title="Fira",
         source="arXiv 2410.01623; fira, alpha 0.25, projection every 200 steps",
         build=_fira,
+        options=_FIRA_OPTIONS,
         state_bytes=_fira_bytes,
         default_lr=1e-2,
         ranked=True,
@@ -145,8 +165,9 @@ ENTRIES = (
         name="apollo",
         title="APOLLO",
         source="arXiv 2412.05270; apollo-torch, random projection every 200 steps, one scale a channel",
-        build=_apollo(scale_type="channel", scale=1.0),
+        build=_apollo(_APOLLO_OPTIONS, scale_type="channel"),
         state_bytes=_apollo_bytes,
+        options=_APOLLO_OPTIONS,
         default_lr=1e-2,
         ranked=True,
         package="apollo-torch",
@@ -160,7 +181,8 @@ ENTRIES = (
         name="apollo-mini",
         title="APOLLO-Mini",
         source="arXiv 2412.05270; apollo-torch, rank 1, one scale a matrix, times sqrt(128)",
-        build=_apollo(scale_type="tensor", scale=128.0, rank=1),
+        build=_apollo(_APOLLO_MINI_OPTIONS, scale_type="tensor", rank=1),
+        options=_APOLLO_MINI_OPTIONS,
         state_bytes=lambda p, q, r: _apollo_bytes(p, q, 1),
         default_lr=5e-3,
         ranked=False,
