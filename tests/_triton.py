@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from _support import Shape, make_params
 from lorapre import LoRAPreAdamW
 from lorapre.backends import eager
 from lorapre.backends import triton as backend
 from lorapre.backends.batches import Bucket
+from lorapre.backends.opened import Opened
 from lorapre.backends.triton import table
 from lorapre.backends.triton.layout import Layouts
+from lorapre.optim.base import Work
 
 DEVICE = os.environ.get("LORAPRE_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
@@ -96,45 +98,30 @@ class TritonAdamW(LoRAPreAdamW):
     eagerly = False
     stochastic: int | None = None  # the seed
 
-    def _step_buckets(self, buckets: list[Bucket], group: dict[str, Any]) -> None:
-        hyper = hyperparameters(self, group, buckets[0].params[0].device)
-        self.last = buckets[-1], hyper
+    def _open(self, work: Work) -> Opened:
+        jobs = [(buckets, self._hyperparameters(group, buckets[0].params[0].device)) for buckets, group in work]
+        self.last = jobs[-1][0][-1], jobs[-1][1]
         if self.eagerly:
-            for bucket in buckets:
-                eager.lorapre_adamw(bucket, hyper)
-            return
+
+            def proceed(enabled: Tensor | None) -> None:
+                for buckets, hyper in jobs:
+                    for bucket in buckets:
+                        eager.lorapre_adamw(bucket.where(enabled), hyper)
+
+            return Opened(proceed)
         if not hasattr(self, "layouts"):
             self.layouts = Layouts()
-        backend.lorapre_adamw(
-            buckets,
-            hyper,
-            self.layouts,
-            stochastic_rounding=self.stochastic is not None,
-            seed=self.stochastic or 0,
+        return backend.open_adamw(
+            jobs, self.layouts, stochastic_rounding=self.stochastic is not None, seed=self.stochastic or 0
         )
+
+    def step_buckets(self, buckets: list[Bucket], group: dict[str, Any]) -> None:
+        """The kernels alone: no check, no counters."""
+        self._open([(buckets, group)]).proceed(buckets[0].enabled)
 
 
 class EagerAdamW(TritonAdamW):
     eagerly = True
-
-
-def hyperparameters(optimizer: LoRAPreAdamW, group: dict[str, Any], device: torch.device) -> eager.AdamHyperparameters:
-    beta1, beta2 = group["betas"]
-    gain = group["residual_gain"]
-    return eager.AdamHyperparameters(
-        lr=optimizer._lr(group, device),
-        beta1=beta1,
-        beta2=beta2,
-        eps=group["eps"],
-        relative_eps=group["eps_mode"] == "relative",
-        weight_decay=group["weight_decay"],
-        scale=group["scale"],
-        residual_gain=1.0 - beta1 if gain is None else gain,
-        bounded=group["bounded"],
-        update_clipping=group["update_clipping"],
-        regressor=optimizer._regressor(group),
-        bias_correction=group["bias_correction"],
-    )
 
 
 #: Large, so that a weight is what the updates made of it and an error in them shows.

@@ -170,7 +170,7 @@ def test_float32_weights_take_bfloat16_gradients(device: torch.device) -> None:
             step=1.0,
             maximize=False,
         )
-        each._step_buckets([bucket], each.param_groups[0])
+        each.step_buckets([bucket], each.param_groups[0])
     assert_close(params_of(optimizer)[0], params_of(expected)[0], 1e-6)
 
 
@@ -196,7 +196,7 @@ def test_nothing_changes_where_the_step_is_not_enabled(capturable: bool, device:
     params_of(optimizer)[0].grad.fill_(float("nan"))  # type: ignore[union-attr]
     bucket, _hyper = optimizer.last
     off = replace(bucket, step=bucket.step + 1, enabled=torch.tensor(False, device=device))
-    optimizer._step_buckets([off], optimizer.param_groups[0])
+    optimizer.step_buckets([off], optimizer.param_groups[0])
     assert_same_bits(snapshot(optimizer), before)
 
 

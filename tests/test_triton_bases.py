@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ def conditioned(p: int, r: int, condition: float, seed: int = 0) -> Tensor:
 def orthonormalize(X: Tensor, *, right: bool = False) -> tuple[Tensor, Tensor]:
     """Q (n, p, r) and the triangles (n, r, r) of X = Q R, by the kernels; ``right`` lays X out as L is, transposed."""
     n, p, r = X.shape
-    step = adamw._Step.__new__(adamw._Step)
+    step = adamw.SubspaceStep.__new__(adamw.SubspaceStep)
     step.r, step.n, step.device, step.layouts = r, n, X.device, layout.Layouts()
     step.X_in_state = step.L_in_state = False
     table_of = torch.zeros((n, layout.COLUMNS), dtype=torch.int64)
@@ -40,13 +42,12 @@ def orthonormalize(X: Tensor, *, right: bool = False) -> tuple[Tensor, Tensor]:
     scratch = torch.zeros((n, each), device=X.device)
     scratch[:, : r * column].view(n, r, column)[:, :, :p] = X.mT
     step.U = step.X = step.L = scratch.flatten()
-    step.sizes = X.abs().amax(dim=(1, 2)) * 3 if right else step._empty(n)
+    step.hyper, step.S_dtype = SimpleNamespace(beta1=0.9), X.dtype
+    step.sizes = X.abs().amax(dim=(1, 2)) * (3 if right else 1)
     step.T, step.triangles, step.lower = (step._squares(n) for _ in range(3))
-    step.project_rows, step.project_parts = step._work((p,) * n, p), 1
-    step.parts = torch.zeros((n, elements.PART.value), device=X.device)
-    step.parts[:, 2] = X.abs().amax(dim=(1, 2))
     step.coefficients = torch.ones((n, elements.COLUMNS), device=X.device)
     side = adamw._Side(step, right=right)
+    side.forms_K = False  # it is there
     products = side.first_products()
     for number in range(3):
         side.decompose(products, number)

@@ -54,7 +54,7 @@ def test_no_scratch_of_a_matrix_s_size_is_allocated(device: torch.device) -> Non
         optimizer.step()  # the addresses are known from here on
         bucket, _ = optimizer.last
         with torch.no_grad(), Watch([*bucket.params, *bucket.grads]) as watch:
-            optimizer._step_buckets([replace(bucket, step=2.0)], optimizer.param_groups[0])
+            optimizer.step_buckets([replace(bucket, step=2.0)], optimizer.param_groups[0])
         sizes.append((watch.largest, watch.total))
     n_p_q_bytes = 2 * 512 * 160 * 4
     assert sizes[1][0] >= n_p_q_bytes  # what the watch sees of the eager step
@@ -91,7 +91,7 @@ def test_scratch_is_what_is_foreseen_and_a_small_share_of_a_large_model(device: 
         optimizer.step()
         bucket, _ = optimizer.last
         with torch.no_grad(), Watch([*bucket.params, *bucket.grads]) as watch:
-            optimizer._step_buckets([replace(bucket, step=2.0)], optimizer.param_groups[0])
+            optimizer.step_buckets([replace(bucket, step=2.0)], optimizer.param_groups[0])
         foreseen = table.scratch_bytes(bucket.view, bucket.state["m_B"][0].dtype)
         assert 0.9 * watch.total <= foreseen + 4096
         assert foreseen <= 1.6 * watch.total
@@ -196,7 +196,7 @@ def test_strides_that_are_no_matrix_s_are_refused_and_the_step_raises(device: to
     ):
         assert "strides" in str(backend.supports(wrong, hyper))
         with pytest.raises(ValueError, match="strides"):
-            backend.lorapre_adamw([wrong], hyper, Layouts())
+            backend.open_adamw([([wrong], hyper)], Layouts())
     factor = bucket.state["m_A"][0].mT.contiguous().mT
     crooked = replace(bucket, state={**bucket.state, "m_A": [factor, bucket.state["m_A"][1]]})
     assert "contiguous" in str(backend.supports(crooked, hyper))
@@ -233,7 +233,7 @@ from lorapre.backends.triton import bases, cholesky, elements, kernels, table
 
 numbers = "decay gain beta2 eps keep cross outside v_scale rate step limit shift".split()
 integers = "n seed right_programs".split()
-lists = "items starts part_starts right_items left_items".split()
+lists = "items starts right_items left_items".split()
 
 def build(kernel, target, blocks=None, **constants):
     names = kernel.arg_names
@@ -257,27 +257,29 @@ for target, rank, kind, narrow, precision in (
     size = 4 if kind == tl.float32 else 2
     R, whole, chunk = {"R": rank}, table.padded(rank), table.chunk_rows(rank)
     build(elements.fill, target, MASKED=True)
+    build(elements.totals, target, PARTS=2)
     build(elements.carry, target, BLOCK=table.ELEMENTS, **R)
     block = table.cholesky_blocks(rank)
     build(cholesky.inverse_cholesky, target, block, WIDTH_OF_R=whole, BLOCK=block.rank, FIRST=False, LAST=True,
           PRECISION=precision, **R)
-    shared = dict(R, CHUNK=chunk, RIGHT_SIDE=True, X_IN_STATE=not narrow, Y_IN_STATE=not narrow, PRECISION=precision)
+    shared = dict(R, CHUNK=chunk, RIGHT_SIDE=True, X_IN_STATE=not narrow, Y_IN_STATE=not narrow,
+                  PRECISION=precision, S_TYPE=kind)
     block = table.product_blocks(rank)
-    build(bases.product, target, block, BLOCK_R=block.rank, BLOCK=block.rows, PARTS=2, SCALE=True, WITH_X=False,
+    build(bases.product, target, block, BLOCK_R=block.rank, BLOCK=block.rows, SCALE=True, FORM=True, WITH_X=False,
           **shared)
     block = table.apply_blocks(rank)
-    build(bases.apply, target, block, BLOCK_R=whole, BLOCK=block.rows, OUT=block.cols, SCALE=True,
+    build(bases.apply, target, block, BLOCK_R=whole, BLOCK=block.rows, OUT=block.cols, SCALE=True, FORM=True,
           GRAM=not narrow, CARRY=False, **shared)
     block = table.finish_blocks(rank)
     build(bases.finish, target, block, BLOCK_R=whole, BLOCK=block.rows, OUT=block.cols, INNER=block.rank, S_TYPE=kind,
           L_IN_STATE=not narrow, PRECISION=precision, **R)
     block = table.blocks(table.PROJECT, rank, size)
     tile = dict(R, BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=True, CLIP=True, BF16=narrow)
-    build(kernels.project, target, block, G_TYPE=kind, S_TYPE=kind, IN_STATE=not narrow, ORDER=1,
+    build(kernels.project, target, block, G_TYPE=kind, S_TYPE=kind, ORDER=1,
           PRECISION=precision, **tile)
     block = table.blocks(table.UPDATE, rank, size)
     tile |= dict(BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols)
-    made = build(kernels.update, target, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, PARTS=3, RELATIVE=True,
+    made = build(kernels.update, target, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, RELATIVE=True,
                  BOUNDED=True, STOCHASTIC=narrow, ROUNDS=7, X_IN_STATE=True, L_IN_STATE=not narrow, W_ORDER=1,
                  G_ORDER=2, MOMENTUM_PRECISION=precision, LEFT_PRECISION=precision, **tile)
     print(*sorted(made.asm.keys() & {"cubin", "hsaco"}), made.metadata.shared <= 227 * 1024)

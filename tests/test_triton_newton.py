@@ -233,7 +233,7 @@ def test_nothing_changes_where_the_step_is_not_enabled(options: dict[str, Any], 
     params_of(optimizer)[0].grad.fill_(float("nan"))  # type: ignore[union-attr]
     bucket, _hyper = optimizer.last
     off = replace(bucket, step=bucket.step + 1, enabled=torch.tensor(False, device=device))
-    optimizer._step_buckets([off], optimizer.param_groups[0])
+    optimizer.step_buckets([off], optimizer.param_groups[0])
     assert_same_bits(snapshot(optimizer), before)
 
 
@@ -325,7 +325,7 @@ def test_no_scratch_of_a_matrix_s_size_is_allocated_and_it_is_what_is_foreseen(d
     optimizer.step()  # the addresses are known from here on
     bucket, _ = optimizer.last
     with torch.no_grad(), Watch([*bucket.params, *bucket.grads]) as watch:
-        optimizer._step_buckets([replace(bucket, step=2.0)], optimizer.param_groups[0])
+        optimizer.step_buckets([replace(bucket, step=2.0)], optimizer.param_groups[0])
     assert watch.largest == 512 * 2 * rank * 4  # both moments' H A^T
     foreseen = table.newton_scratch_bytes(bucket.view, rank)
     assert 0.9 * watch.total <= foreseen <= 1.2 * watch.total

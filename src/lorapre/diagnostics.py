@@ -253,6 +253,7 @@ class MomentumDiagnostics:
 
     @torch.no_grad()
     def _on_end(self, *_: Any) -> None:
+        self._optimizer.settle()  # or a step that was left out would count
         self.step += 1
         for group, watched in self._with_groups():
             before = self._before.pop(watched.name)

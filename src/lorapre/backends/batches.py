@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,10 @@ class Scratch:
             self._buffers[key] = torch.empty(numel, dtype=dtype, device=device)
         return self._buffers[key][:numel].view(shape)
 
+    def clear(self) -> None:
+        """Let go of all buffers."""
+        self._buffers.clear()
+
 
 @dataclass(frozen=True)
 class Bucket:
@@ -68,6 +72,10 @@ class Bucket:
     enabled: Tensor | None = None
     first: int = 0
     scratch: Scratch = field(default_factory=Scratch, compare=False)
+
+    def where(self, enabled: Tensor | None) -> Bucket:
+        """The same with the mask ``enabled``, brought to the device; with its own where that is None."""
+        return self if enabled is None else replace(self, enabled=enabled.to(self.params[0].device))
 
     def pieces(self) -> Iterator[Piece]:
         """The bucket in parts whose p x q scratch stays below `scratch_numel` (or is one parameter)."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
+
+from torch import Tensor
 
 from lorapre.backends import eager, triton
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
+from lorapre.backends.opened import Opened
 from lorapre.backends.triton import Layouts
 
 Backend: TypeAlias = Literal["auto", "eager", "triton"]
@@ -21,25 +25,52 @@ _logger = logging.getLogger(__name__)
 _said: set[str] = set()
 
 
-def lorapre_adamw(buckets: Sequence[Bucket], hyper: AdamHyperparameters, backend: Backend, layouts: Layouts) -> None:
-    """One step of LoRA-Pre Adam for some buckets of matrices, in place, by the kernels or by batched torch.
+@dataclass(frozen=True)
+class Job:
+    """Buckets on one device, their options, and who is to step them.
+
+    ``backend`` "auto" takes the kernels where `MEASURED` says so and they can step the bucket, and logs the reason once
+    where they cannot.
+    """
+
+    buckets: Sequence[Bucket]
+    hyper: AdamHyperparameters
+    backend: Backend
+
+
+def open_adamw(jobs: Sequence[Job], layouts: Layouts) -> Opened:
+    """Begin one step of LoRA-Pre Adam for all matrices of an optimizer, by the kernels or by batched torch.
 
     Args:
-        buckets: the matrices, on one device.
-        hyper: the options.
-        backend: "auto" takes the kernels where `MEASURED` says so and they can step the bucket, and logs the reason
-            once where they cannot.
+        jobs: the matrices.
         layouts: of the kernels, kept from step to step.
 
     Raises:
         ValueError: ``backend`` is "triton", and the kernels cannot step one of the buckets. Nothing has changed then.
     """
+    parted = [(job, *_parted(job)) for job in jobs]
+    work = [(by_kernels, job.hyper) for job, by_kernels, _ in parted if by_kernels]
+    opened = triton.open_adamw(work, layouts) if work else None
+
+    def proceed(enabled: Tensor | None) -> None:
+        if opened is not None:
+            opened.proceed(enabled)
+        for job, _, in_torch in parted:
+            for bucket in in_torch:
+                eager.lorapre_adamw(bucket.where(enabled), job.hyper)
+
+    return Opened(proceed) if opened is None else replace(opened, proceed=proceed)
+
+
+def _parted(job: Job) -> tuple[list[Bucket], list[Bucket]]:
+    """The buckets for the kernels, and those for batched torch."""
     by_kernels, in_torch = [], []
-    for bucket in buckets:
+    for bucket in job.buckets:
+        backend = job.backend
         if backend == "eager" or (backend == "auto" and not _measured(bucket)):
             in_torch.append(bucket)
             continue
-        reason = triton.supports(bucket, hyper)
+        reason = triton.supports(bucket, job.hyper)
         if reason is None:
             by_kernels.append(bucket)
         elif backend == "triton":
@@ -50,10 +81,7 @@ def lorapre_adamw(buckets: Sequence[Bucket], hyper: AdamHyperparameters, backend
         else:
             _say_once(f"Matrices of shape {tuple(bucket.params[0].shape)} are stepped in plain torch: {reason}.")
             in_torch.append(bucket)
-    if by_kernels:
-        triton.lorapre_adamw(by_kernels, hyper, layouts)
-    for bucket in in_torch:
-        eager.lorapre_adamw(bucket, hyper)
+    return by_kernels, in_torch
 
 
 def _measured(bucket: Bucket) -> bool:

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lorapre.backends import dispatch
-from lorapre.backends.batches import Bucket
-from lorapre.backends.dispatch import Backend
+from lorapre.backends.dispatch import Backend, Job
 from lorapre.backends.eager import AdamHyperparameters
+from lorapre.backends.opened import Opened
 from lorapre.backends.triton import Layouts
 from lorapre.factors import Regression
-from lorapre.optim.base import Group, keywords
+from lorapre.optim.base import Group, Work, keywords
 from lorapre.optim.checks import check_betas, check_choice
 from lorapre.optim.dense import DenseAdamW
 from lorapre.routing import MatrixView, View3D, check_rank, with_rank
@@ -68,7 +68,10 @@ class LoRAPreAdamW(DenseAdamW):
         maximize: ascend instead of descend.
         capturable: keep the step counters on the device, so that ``step()`` can be captured in a CUDA graph.
         nonfinite: what to do when a gradient holds inf or nan: "raise" a RuntimeError, or "skip" the whole step.
-            Either way nothing changes. None means "raise", or "skip" with ``capturable``, where it must be.
+            Either way nothing changes. None means "raise", or "skip" with ``capturable``, where it must be. Where
+            kernels take part, ``step()`` does not wait for the device: that a step was left out is said, and its
+            count taken back, by the next call of ``step``, ``state_dict``, ``load_state_dict`` or ``settle``, which
+            does nothing else if it raises. To the kernels, squares whose sum is beyond float32 (3.4e38) are inf.
 
     Raises:
         ValueError: an option is out of range.
@@ -142,28 +145,30 @@ class LoRAPreAdamW(DenseAdamW):
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         return state
 
-    def _step_buckets(self, buckets: list[Bucket], group: Group) -> None:
+    def _open(self, work: Work) -> Opened:
+        layouts: Layouts = self.__dict__.setdefault("_layouts", Layouts())  # no copy and no pickle has it
+        jobs = [
+            Job(buckets, self._hyperparameters(group, buckets[0].params[0].device), group["backend"])
+            for buckets, group in work
+        ]
+        return dispatch.open_adamw(jobs, layouts)
+
+    def _hyperparameters(self, group: Group, device: torch.device) -> AdamHyperparameters:
         beta1, beta2 = group["betas"]
         gain = group["residual_gain"]
-        layouts: Layouts = self.__dict__.setdefault("_layouts", Layouts())  # no copy and no pickle has it
-        dispatch.lorapre_adamw(
-            buckets,
-            AdamHyperparameters(
-                lr=self._lr(group, buckets[0].params[0].device),
-                beta1=beta1,
-                beta2=beta2,
-                eps=group["eps"],
-                relative_eps=group["eps_mode"] == "relative",
-                weight_decay=group["weight_decay"],
-                scale=group["scale"],
-                residual_gain=1.0 - beta1 if gain is None else gain,
-                bounded=group["bounded"],
-                update_clipping=group["update_clipping"],
-                regressor=self._regressor(group),
-                bias_correction=group["bias_correction"],
-            ),
-            group["backend"],
-            layouts,
+        return AdamHyperparameters(
+            lr=self._lr(group, device),
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            relative_eps=group["eps_mode"] == "relative",
+            weight_decay=group["weight_decay"],
+            scale=group["scale"],
+            residual_gain=1.0 - beta1 if gain is None else gain,
+            bounded=group["bounded"],
+            update_clipping=group["update_clipping"],
+            regressor=self._regressor(group),
+            bias_correction=group["bias_correction"],
         )
 
 

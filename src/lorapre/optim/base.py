@@ -19,13 +19,17 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from lorapre import factors
 from lorapre.backends.batches import Bucket, Scratch
+from lorapre.backends.opened import Opened
 from lorapre.factors import Coefficient, Regressor
 from lorapre.optim.checks import check_options
-from lorapre.optim.gradients import check_gradients
+from lorapre.optim.gradients import Verdict, check_gradients, refuse_sparse
+from lorapre.optim.late import LateVerdict
 from lorapre.optim.summary import OptimizerSummary, summarize
 from lorapre.routing import MatrixView, matrix_view, refuse_unsupported, state_dtype_of
 
 Group: TypeAlias = dict[str, Any]
+#: Buckets of one device, and their group.
+Work: TypeAlias = list[tuple[list[Bucket], Group]]
 
 
 @dataclass(frozen=True)
@@ -169,13 +173,41 @@ class FactoredOptimizer(Optimizer):
     def _state_dtype(param: Tensor, group: Group) -> torch.dtype:
         return state_dtype_of(param.dtype, group["state_dtype"])
 
+    def settle(self) -> None:
+        """Hear what became of the last step, where kernels took part in it: until then ``step()`` has not waited.
+
+        `step`, `state_dict`, `load_state_dict`, pickles and copies do so first. If a gradient was not finite the step
+        has changed no weight and no state, and here its parameters' step counters are taken back.
+
+        Raises:
+            NonFiniteGradientError: so it was, and ``nonfinite`` is "raise". A second call does not raise again.
+        """
+        late: LateVerdict | None = self.__dict__.pop("_late", None)  # which no copy and no pickle has
+        if late is not None:
+            late.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the groups, as every torch optimizer's.
+
+        Raises:
+            NonFiniteGradientError: see `settle`.
+        """
+        self.settle()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return super().__getstate__()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as it was saved: factors keep their dtype whatever the weights' is.
 
         Raises:
             ValueError: the state belongs to another optimizer or to parameters of other shapes; nothing has
                 been changed then.
+            NonFiniteGradientError: see `settle`; nothing has been changed then.
         """
+        self.settle()
         # Registered last, so that it sees what the user's own pre-hooks return.
         handle = self.register_load_state_dict_pre_hook(_protect_state)
         try:
@@ -238,18 +270,17 @@ class FactoredOptimizer(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse; nothing has changed then.
-            NonFiniteGradientError: a gradient is not finite (see ``nonfinite``); nothing has changed then.
+            NonFiniteGradientError: a gradient is not finite (see ``nonfinite``), or one was not in the step before
+                (see `settle`); nothing has changed then.
         """
+        self.settle()
         self._check_graph_capture()
         loss = cast("float | None", run_closure(closure))
-        enabled = check_gradients(
-            type(self).__name__,
-            list(self._labels_with_grad()),
-            unread=all(group["capturable"] for group in self.param_groups),
-        )
-        if enabled is False:
-            return loss
-        mask = enabled if isinstance(enabled, Tensor) else None
+        items = list(self._labels_with_grad())
+        refuse_sparse(type(self).__name__, items)
+        work: Work = []
+        scratch = Scratch()
+        dense_of: list[tuple[list[Tensor], Group]] = []
         for group in self.param_groups:
             dense: list[Tensor] = []
             matrices: list[tuple[Tensor, MatrixView]] = []
@@ -261,13 +292,32 @@ class FactoredOptimizer(Optimizer):
                     dense.append(param)
                 else:
                     matrices.append((param, view))
-            self._step_matrices(matrices, group, mask)
+            work += self._gathered(matrices, group, scratch)
             if dense:
-                self._step_dense(dense, group, mask)
+                dense_of.append((dense, group))
+        opened = self._open(work)
+        capturable = all(group["capturable"] for group in self.param_groups)
+        answer = check_gradients(type(self).__name__, items, opened, unread=capturable)
+        if answer is False:
+            return loss
+        mask = answer.enabled if isinstance(answer, Verdict) else None
+        late: LateVerdict | None = None
+        if isinstance(answer, Verdict) and not capturable:
+            # Before the launches: it travels while the device works.
+            late = LateVerdict(answer, [self.state[param]["step"] for _, param, one in items if not one["capturable"]])
+        self._proceed(opened, work, mask)
+        scratch.clear()
+        for dense, group in dense_of:
+            self._step_dense(dense, group, mask)
+        self._late = late
         return loss
 
     def _step_matrices(self, matrices: list[tuple[Tensor, MatrixView]], group: Group, mask: Tensor | None) -> None:
-        """Bucket by everything that must be equal within a batch, and step the buckets of each device together."""
+        work = self._gathered(matrices, group, Scratch())
+        self._proceed(self._open(work), work, mask)
+
+    def _gathered(self, matrices: list[tuple[Tensor, MatrixView]], group: Group, scratch: Scratch) -> Work:
+        """Bucket by everything that must be equal within a batch; the buckets of each device together."""
         buckets: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
         for param, view in matrices:
             state = self.state[param]
@@ -276,9 +326,7 @@ class FactoredOptimizer(Optimizer):
             dtype = next(value.dtype for name, value in state.items() if name != "step")
             key = (view, param.shape, param.device, param.dtype, dtype, count)
             buckets[key].append(param)
-        scratch = Scratch()
         by_device: dict[torch.device, list[Bucket]] = defaultdict(list)
-        advancing: list[list[Tensor]] = []
         for (view, *_, count), params in buckets.items():
             states = [self.state[param] for param in params]
             steps = [state["step"] for state in states]
@@ -289,23 +337,30 @@ class FactoredOptimizer(Optimizer):
                 state={key: [state[key] for state in states] for key in states[0] if key != "step"},
                 step=torch.stack(steps) + 1 if count is None else count + 1.0,
                 maximize=group["maximize"],
-                enabled=None if mask is None else mask.to(params[0].device),
                 scratch=scratch,
             )
             by_device[params[0].device].append(bucket)
-            advancing.append(steps)
-        for together in by_device.values():
-            self._step_buckets(together, group)
-        for steps in advancing:
-            if mask is None:
-                torch._foreach_add_(steps, 1.0)
-            else:  # as a list: given one tensor, the CUDA kernel asks the host for its value
-                torch._foreach_add_(steps, [mask.to(steps[0].device, steps[0].dtype)] * len(steps))
+        return [(together, group) for together in by_device.values()]
 
-    def _step_buckets(self, buckets: list[Bucket], group: Group) -> None:
-        """Update the matrices of some buckets, all on one device; here bucket by bucket."""
-        for bucket in buckets:
-            self._step_bucket(bucket, group)
+    def _open(self, work: Work) -> Opened:
+        """Begin the step of all matrices; here they are stepped bucket by bucket, and nothing is done before."""
+
+        def proceed(enabled: Tensor | None) -> None:
+            for buckets, group in work:
+                for bucket in buckets:
+                    self._step_bucket(bucket.where(enabled), group)
+
+        return Opened(proceed)
+
+    def _proceed(self, opened: Opened, work: Work, mask: Tensor | None) -> None:
+        opened.proceed(mask)
+        for buckets, group in work:
+            for bucket in buckets:
+                steps = [self.state[param]["step"] for param in bucket.params]
+                if mask is None or not group["capturable"]:  # on the CPU, where nobody waits for the mask
+                    torch._foreach_add_(steps, 1.0)
+                else:  # as a list: given one tensor, the CUDA kernel asks the host for its value
+                    torch._foreach_add_(steps, [mask.to(steps[0].device, steps[0].dtype)] * len(steps))
 
     @staticmethod
     def _lr(group: Group, device: torch.device) -> Coefficient:

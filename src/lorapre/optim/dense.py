@@ -34,7 +34,7 @@ class DenseAdamW(FactoredOptimizer):
         ]
 
         capturable = group["capturable"]
-        fused = True if capturable else group.get("fused")
+        fused = True if capturable or mask is not None else group.get("fused")
 
         def widened(tensors: list[Tensor]) -> list[Tensor]:
             wide = [tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
@@ -43,8 +43,9 @@ class DenseAdamW(FactoredOptimizer):
 
         wide_params, wide_averages, wide_squares = widened(params), widened(averages), widened(squares)
         steps = [state["step"] for state in states]
-        # The fused kernel wants its counters beside the weights; ours stay on the CPU unless they are captured.
-        counters = [step.to(param.device) for step, param in zip(steps, params, strict=True)] if fused else steps
+        counters = steps
+        if fused and not capturable:  # which wants them beside the weights, and leaves ours on the CPU to us
+            counters = _sent(steps, [param.device for param in params])
         lr = group["lr"]
         if fused and isinstance(lr, Tensor):
             lr = lr.float()  # torch's fused CUDA kernel reads its memory as float32, whatever it is
@@ -58,7 +59,7 @@ class DenseAdamW(FactoredOptimizer):
             counters,
             # torchtitan and others put these two keys into every group; they choose torch's implementation.
             # Only the fused one can leave a step out on the device, and the foreach one takes no tensor lr.
-            foreach=None if capturable or isinstance(group["lr"], Tensor) else group.get("foreach"),
+            foreach=None if capturable or mask is not None or isinstance(group["lr"], Tensor) else group.get("foreach"),
             fused=fused,
             capturable=capturable,
             found_inf=None if mask is None else 1.0 - mask.to(torch.float32),
@@ -78,3 +79,15 @@ class DenseAdamW(FactoredOptimizer):
         for step, counter in zip(steps, counters, strict=True):
             if step is not counter:
                 step.add_(1.0)
+
+
+def _sent(counters: list[Tensor], devices: list[torch.device]) -> list[Tensor]:
+    """Copies of numbers on the CPU, each on its device; nobody waits for them."""
+    sent = list(counters)
+    for device in set(devices):
+        places = [place for place, other in enumerate(devices) if other == device]
+        host = torch.stack([counters[place] for place in places])
+        there = host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+        for place, counter in zip(places, there.unbind(), strict=True):
+            sent[place] = counter
+    return sent

@@ -3,68 +3,150 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from lorapre.backends.opened import Opened
+
 logger = logging.getLogger("lorapre")
+
+#: Label, parameter and group of a parameter that has a gradient.
+Item: TypeAlias = tuple[str, Tensor, dict[str, Any]]
 
 
 class NonFiniteGradientError(RuntimeError):
     """A gradient holds inf or nan and ``nonfinite`` is "raise". The step has changed nothing."""
 
 
-def check_gradients(owner: str, items: list[tuple[str, Tensor, dict[str, Any]]], *, unread: bool) -> Tensor | bool:
+@dataclass(frozen=True)
+class Verdict:
+    """What the device knows of the gradients, and the host does not yet.
+
+    Attributes:
+        owner: the optimizer's name, for messages.
+        items: those whose gradients were looked at, in their order.
+        sizes: one number for each of them on one device: its largest magnitude or the sum of its squares, or inf or
+            nan where it is not finite. Of a stack of matrices, one for each.
+        places: the item of each number.
+        enabled: 0-d bool: all of them are finite.
+    """
+
+    owner: str
+    items: Sequence[Item]
+    sizes: Tensor
+    places: Sequence[int]
+    enabled: Tensor
+
+    def bad(self, sizes: Tensor) -> list[Item]:
+        """The items that are not finite, by ``sizes`` as they have arrived at the host."""
+        numbers = zip(self.places, sizes.isfinite().tolist(), strict=True)
+        return [self.items[place] for place in sorted({place for place, finite in numbers if not finite})]
+
+
+def check_gradients(owner: str, items: list[Item], opened: Opened, *, unread: bool) -> Verdict | bool:
     """Whether this step may be taken: every gradient is dense and finite.
+
+    Where kernels take part the answer stays on the device, and the gradients that they have read are not read again.
+    Gradients on devices of several types are the exception: a step on the CPU cannot ask a GPU for its mask.
 
     Args:
         owner: the optimizer's name, for messages.
-        items: label, parameter and group of every parameter that has a gradient.
-        unread: leave the answer on the device; a graph cannot wait for the host.
+        items: every parameter that has a gradient.
+        opened: what has been begun with some of them.
+        unread: leave the answer on the device in any case; a graph cannot wait for the host.
 
     Returns:
-        A 0-d bool tensor on the device where ``unread``; else True, or False for a step to be skipped.
+        True, or False for a step to be skipped; a verdict that is still to be read where ``unread`` or by kernels.
 
     Raises:
-        RuntimeError: a gradient is sparse.
         NonFiniteGradientError: one is not finite in a group whose ``nonfinite`` is "raise".
     """
+    looked_at = [item for item in items if _grad(item).numel() > 0]
+    if not looked_at:
+        return True
+    if unread or opened.by_kernels:
+        verdict = _verdict(owner, looked_at, opened)
+        if unread or len(device_types(looked_at)) == 1:
+            return verdict
+        if verdict.enabled:
+            return True
+        report(owner, verdict.bad(verdict.sizes), "Nothing was changed")
+        return False
+    if largest([_grad(item) for item in looked_at]).isfinite().all():
+        return True
+    for item in looked_at:
+        if not _grad(item).isfinite().all():
+            report(owner, [item], "Nothing was changed")
+            break
+    return False
+
+
+def device_types(items: list[Item]) -> set[str]:
+    """Where the gradients are."""
+    return {_grad(item).device.type for item in items}
+
+
+def refuse_sparse(owner: str, items: list[Item]) -> None:
+    """Raise ``RuntimeError`` for a gradient that is sparse."""
     for label, param, _ in items:
         if param.grad is not None and param.grad.layout != torch.strided:
             raise RuntimeError(
                 f"{owner} does not support sparse gradients (parameter {label!r}). Build its nn.Embedding with "
                 "sparse=False, or give the parameter to torch.optim.SparseAdam."
             )
-    grads = [param.grad for _, param, _ in items if param.grad is not None and param.grad.numel() > 0]
-    if not grads:
-        return True
-    finite = all_finite(grads)
-    if unread:
-        return finite
-    if finite:
-        return True
-    for label, param, group in items:
-        if param.grad is None or bool(param.grad.isfinite().all()):
-            continue
-        message = f"the gradient of parameter {label!r} holds inf or nan"
-        if (group["nonfinite"] or ("skip" if group["capturable"] else "raise")) == "raise":
-            raise NonFiniteGradientError(
-                f"{owner}: {message}. Nothing was changed. Look for the overflow, clip, or use nonfinite='skip' to "
-                "leave such steps out."
-            )
-        logger.warning("%s skips a step: %s", owner, message)
-        break
-    return False
 
 
-def all_finite(tensors: list[Tensor]) -> Tensor:
-    """A 0-d bool tensor on the first tensor's device: no host synchronisation."""
+def report(owner: str, bad: Sequence[Item], outcome: str) -> None:
+    """Say that a step is left out: by the group of the first of the ``bad`` ones, a warning or an error.
+
+    Raises:
+        NonFiniteGradientError: that group's ``nonfinite`` is "raise".
+    """
+    label, _, group = bad[0]
+    if (group["nonfinite"] or ("skip" if group["capturable"] else "raise")) != "raise":
+        logger.warning("%s skips a step: the gradient of parameter %r holds inf or nan", owner, label)
+        return
+    others = f" (and those of {len(bad) - 1} more)" if len(bad) > 1 else ""
+    raise NonFiniteGradientError(
+        f"{owner}: the gradient of parameter {label!r}{others} holds inf or nan. {outcome}. Look for the overflow, "
+        "clip, or use nonfinite='skip' to leave such steps out."
+    )
+
+
+def largest(tensors: Sequence[Tensor]) -> Tensor:
+    """The largest magnitude of each tensor (k,), nan where it holds one; on the first's device, nobody waits."""
     device = tensors[0].device
-    # A maximum norm takes one launch on a GPU, and ten times as long as both extremes on a CPU; nan is an extreme.
-    extremes = [extreme for tensor in tensors if tensor.device.type == "cpu" for extreme in torch.aminmax(tensor)]
-    if elsewhere := [tensor for tensor in tensors if tensor.device.type != "cpu"]:
-        extremes += torch._foreach_norm(elsewhere, float("inf"))
     # float16 and bfloat16 widen without loss; a large float64 must not become inf by narrowing.
-    widest = torch.float64 if any(value.dtype == torch.float64 for value in extremes) else torch.float32
-    return torch.stack([value.to(device, widest) for value in extremes]).isfinite().all()
+    widest = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    # A maximum norm takes one launch on a GPU, and ten times as long as both extremes on a CPU; nan is an extreme.
+    on_cpu, elsewhere = ([t for t in tensors if (t.device.type == "cpu") == cpu] for cpu in (True, False))
+    extremes = [extreme.to(widest) for tensor in on_cpu for extreme in torch.aminmax(tensor)]
+    of_cpu = iter(torch.stack(extremes).abs().view(-1, 2).amax(dim=1).unbind() if extremes else ())
+    norms = iter(torch._foreach_norm(elsewhere, float("inf")) if elsewhere else ())
+    found = [next(of_cpu if tensor.device.type == "cpu" else norms) for tensor in tensors]
+    return torch.stack([value.to(device, widest) for value in found])
+
+
+def _verdict(owner: str, items: list[Item], opened: Opened) -> Verdict:
+    """The sums that ``opened`` has, and the largest magnitude of every gradient that it has not read."""
+    device = _grad(items[0]).device
+    read = {id(param) for param in opened.read}
+    at: dict[int, int] = {id(param): place for place, (_, param, _) in enumerate(items)}
+    sizes, places = [squares.to(device) for squares in opened.squares], [at[id(param)] for param in opened.read]
+    unseen = [place for place, (_, param, _) in enumerate(items) if id(param) not in read]
+    if unseen:
+        sizes.append(largest([_grad(items[place]) for place in unseen]).to(device))
+        places += unseen
+    together = torch.cat(sizes) if len({size.dtype for size in sizes}) == 1 else torch.cat([s.double() for s in sizes])
+    # None is negative, and nan is the largest of all.
+    return Verdict(owner, items, together, places, together.amax() < float("inf"))
+
+
+def _grad(item: Item) -> Tensor:
+    grad = item[1].grad
+    assert grad is not None
+    return grad

@@ -14,10 +14,11 @@ import torch
 
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
+from lorapre.backends.opened import Opened
 from lorapre.backends.triton import table
 from lorapre.backends.triton.layout import Layouts, place_of
 
-__all__ = ["Layouts", "cohorts", "lorapre_adamw", "supports"]
+__all__ = ["Layouts", "cohorts", "open_adamw", "supports"]
 
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -57,7 +58,7 @@ def unavailable(device_type: str) -> str | None:
 
 
 def supports(bucket: Bucket, hyper: AdamHyperparameters, *, stochastic_rounding: bool = False) -> str | None:
-    """None where `lorapre_adamw` can step this bucket, else the reason in words."""
+    """None where `open_adamw` can step this bucket, else the reason in words."""
     if not bucket.params or bucket.params[0].numel() == 0:
         return "the bucket is empty"
     return (
@@ -128,28 +129,28 @@ def cohorts(buckets: Sequence[Bucket]) -> list[list[Bucket]]:
     return list(found.values())
 
 
-def lorapre_adamw(
-    buckets: Sequence[Bucket],
-    hyper: AdamHyperparameters,
+def open_adamw(
+    work: Sequence[tuple[Sequence[Bucket], AdamHyperparameters]],
     layouts: Layouts,
     *,
     stochastic_rounding: bool = False,
     seed: int = 0,
-) -> None:
-    """One step of LoRA-Pre Adam for some buckets, in place; see `lorapre.backends.triton.adamw.step_buckets`, or
-    `lorapre.backends.triton.newton.step_buckets` where the regression is the paper's.
+) -> Opened:
+    """Begin one step of LoRA-Pre Adam for some buckets, each list of them with its options.
 
-    The result is that of `lorapre.backends.eager.lorapre_adamw` up to float32's rounding.
+    See `lorapre.backends.triton.opening.open_cohorts`, and `lorapre.backends.triton.adamw.SubspaceStep` and
+    `lorapre.backends.triton.newton.step_buckets` for what is launched. The result of ``proceed`` is that of
+    `lorapre.backends.eager.lorapre_adamw` up to float32's rounding.
 
     Raises:
-        ValueError: `supports` gives a reason against one of them. Nothing has changed then.
+        ValueError: `supports` gives a reason against one of them. Nothing has been launched then.
     """
-    for bucket in buckets:
-        reason = supports(bucket, hyper, stochastic_rounding=stochastic_rounding)
-        if reason is not None:
-            raise ValueError(f"This bucket cannot be stepped by the Triton kernels: {reason}.")
-    from lorapre.backends.triton import adamw, newton
+    for buckets, hyper in work:
+        for bucket in buckets:
+            reason = supports(bucket, hyper, stochastic_rounding=stochastic_rounding)
+            if reason is not None:
+                raise ValueError(f"This bucket cannot be stepped by the Triton kernels: {reason}.")
+    from lorapre.backends.triton.opening import Cohort, open_cohorts
 
-    step = newton.step_buckets if hyper.regressor.regression == "newton" else adamw.step_buckets
-    for cohort in cohorts(buckets):
-        step(cohort, hyper, layouts, seed=seed if stochastic_rounding else None)
+    found = [Cohort(cohort, hyper) for buckets, hyper in work for cohort in cohorts(buckets)]
+    return open_cohorts(found, layouts, seed=seed if stochastic_rounding else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,35 +21,41 @@ from lorapre.backends.triton.step import TYPES, Step, on_device_of, turns
 _PASSES = 3
 
 
-def step_buckets(buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts, *, seed: int | None) -> None:
-    """Two reads of G, one read and one write of W; besides them multiples of (p + q) r numbers a matrix.
+def turns_of(buckets: Sequence[Bucket]) -> Iterator[tuple[list[Bucket], int]]:
+    """The buckets in parts that are stepped one after the other, each with the bytes of its scratch."""
 
-    Launches, whatever the number of shapes: coefficients, pass 1, 7 for the left basis, what it carries over, pass 2,
-    6 for the right basis, the new state: 18. The two passes are launched once for each order of the numbers of W and G.
-    Beyond `lorapre.backends.triton.table.FUSED_RANK` there are 5 more. With counters on the device the
-    coefficients are some 20 operations on n numbers instead of one launch. Buckets whose scratch is larger than
-    `lorapre.backends.triton.table.scratch_limit` allows take turns.
+    def scratch(bucket: Bucket) -> int:
+        return table.scratch_bytes(bucket.view, bucket.state["m_B"][0].dtype)
+
+    for turn in turns(buckets, scratch):
+        yield turn, sum(scratch(bucket) * len(bucket.params) for bucket in turn)
+
+
+class SubspaceStep(Step):
+    """One step of some buckets; the tensors between its kernels.
+
+    Two reads of G, one read and one write of W; besides them multiples of (p + q) r numbers a matrix. Until `proceed`
+    no weight and no state changes: whether G is finite is known when `read` has gone through it.
+
+    Launches, whatever the number of shapes: coefficients, pass 1, its sums, 7 for the left basis, what it carries over,
+    pass 2, 6 for the right basis, the new state: 19; one more where a mask arrives after the first pass. The two passes
+    are launched once for each order of the numbers of W and G. Beyond `lorapre.backends.triton.table.FUSED_RANK` there
+    are 5 more. With counters on the device the coefficients are some 20 operations on n numbers instead of one launch.
 
     Args:
         buckets: matrices that `lorapre.backends.triton.supports`, of one device and rank, and of one dtype each of
-            weights, gradients and state.
+            weights, gradients and state. Their mask, if they have one, holds from the beginning.
         hyper: the options.
         layouts: remembers addresses from step to step.
         seed: of stochastic rounding (bfloat16 weights), 0 to 2^63 - 1; None rounds to nearest. What is drawn
             depends on the seed, the step, the element, the shape, and the matrix's position in the bucket.
     """
-    with on_device_of(buckets):
-        for turn in turns(buckets, lambda one: table.scratch_bytes(one.view, one.state["m_B"][0].dtype)):
-            _Step(turn, hyper, layouts, seed).run()
-
-
-class _Step(Step):
-    """One step of some buckets; the tensors between its kernels."""
 
     def __init__(
         self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts, seed: int | None
     ) -> None:
         super().__init__(buckets, hyper, layouts, seed)
+        self.buckets = buckets
         self.r = buckets[0].view.rank
         self.blocks = table.blocks(table.PROJECT, self.r, self.G_dtype.itemsize)
         self.update_blocks = table.blocks(table.UPDATE, self.r, max(self.G_dtype.itemsize, self.W_dtype.itemsize))
@@ -62,17 +68,41 @@ class _Step(Step):
         self.L = self.U if self.L_in_state else self._empty(self.matrices.right)
         self.row_sums = self._empty(sum(p))
         self.sizes = self._empty(self.n)
+        self.sums = self._empty(2 * self.n)
         self.T, self.triangles, self.lower = (self._squares(self.n) for _ in range(3))
         self.project_rows = self._work(p, self.blocks.rows)
         self.project_parts = math.ceil(self.r / self.blocks.rank)
         self.parts = self._empty(self.project_rows.tiles * self.project_parts * elements.PART.value)
 
-    def run(self) -> None:
-        self._project()
-        C = self._carried(self._left_basis())
-        self._update(C)
-        self._right_basis()
-        self._finish()
+    @property
+    def squares(self) -> Tensor:
+        """Sums of G^2 (n), after `read`."""
+        return self.sums[::2]
+
+    @property
+    def matrix_params(self) -> Iterator[Tensor]:
+        """The parameter of each of them."""
+        for bucket in self.buckets:
+            for param in bucket.params:
+                yield from [param] * bucket.view.batch
+
+    def read(self) -> None:
+        """The first pass."""
+        with on_device_of(self.buckets):
+            self._project()
+            elements.totals[(self.n,)](
+                self.parts, self.project_rows.starts, self.sums, self.sizes, PARTS=self.project_parts
+            )
+
+    def proceed(self, enabled: Tensor | None) -> None:
+        """Everything else; nothing changes where ``enabled`` (0-d bool, on the device) is False."""
+        with on_device_of(self.buckets):
+            if enabled is not None:
+                self.coefficients.select(1, elements.ON.value).copy_(enabled)
+            C = self._carried(self._left_basis())
+            self._update(C)
+            self._right_basis()
+            self._finish()
 
     def _squares(self, count: int) -> Tensor:
         return torch.empty((count, self.r, self.r), dtype=torch.float32, device=self.device)
@@ -86,7 +116,6 @@ class _Step(Step):
                 work.starts,
                 self.coefficients,
                 self.U,
-                self.X,
                 self.row_sums,
                 self.parts,
                 hyper.beta1,
@@ -100,7 +129,6 @@ class _Step(Step):
                 BLOCK_Q=block.cols,
                 NEGATE=self.maximize,
                 CLIP=hyper.update_clipping,
-                IN_STATE=self.X_in_state,
                 ORDER=order,
                 BF16=self._narrow,
                 PRECISION=table.PRECISION["project"],
@@ -148,13 +176,12 @@ class _Step(Step):
             kernels.update[(work.programs * ranks,)](
                 self.matrices.table,
                 work.items,
-                self.project_rows.starts,
                 self.coefficients,
                 self.U,
                 self.X,
                 self.L,
                 C,
-                self.parts,
+                self.sums,
                 self.sizes,
                 1.0 - hyper.beta1,
                 hyper.beta2,
@@ -168,7 +195,6 @@ class _Step(Step):
                 BLOCK_R=block.rank,
                 BLOCK_P=block.rows,
                 BLOCK_Q=block.cols,
-                PARTS=self.project_parts * elements.PART.value,
                 NEGATE=self.maximize,
                 RELATIVE=hyper.relative_eps,
                 BOUNDED=hyper.bounded,
@@ -219,16 +245,20 @@ class _Step(Step):
 class _Side:
     """Cholesky QR of the left factors of a step, K, or of the right ones, L."""
 
-    def __init__(self, step: _Step, *, right: bool) -> None:
+    def __init__(self, step: SubspaceStep, *, right: bool) -> None:
         self.step, self.right = step, right
         self.chunk = table.chunk_rows(step.r)
         self.work = step._work(step.matrices.q if right else step.matrices.p, self.chunk)
         self.scratch = step.L if right else step.U
         self.in_state = right and step.L_in_state
+        self.forms_K = not right  # of which the first pass has left G A^T
 
     @property
     def _common(self) -> dict[str, Any]:
         return {
+            "decay": self.step.hyper.beta1,
+            "gain": 1.0 - self.step.hyper.beta1,
+            "S_TYPE": TYPES[self.step.S_dtype],
             "R": self.step.r,
             "CHUNK": self.chunk,
             "RIGHT_SIDE": self.right,
@@ -250,15 +280,13 @@ class _Side:
             self.work.starts,
             self.scratch,
             step.X,
-            step.parts,
-            step.project_rows.starts,
             step.sizes,
             products,
             BLOCK_R=block.rank,
             BLOCK=block.rows,
-            PARTS=step.project_parts,
             Y_IN_STATE=step.X_in_state,
             SCALE=scale,
+            FORM=scale and self.forms_K,
             WITH_X=with_X,
             **table.launch(block),
             **self._common,
@@ -309,6 +337,7 @@ class _Side:
             OUT=block.cols,
             Y_IN_STATE=step.X_in_state,
             SCALE=number == 0,
+            FORM=number == 0 and self.forms_K,
             GRAM=gram and fused,
             CARRY=carry and fused,
             **table.launch(block),

@@ -1,9 +1,9 @@
 """Orthonormal bases by Cholesky QR, of the factors of matrices of several shapes at once. Imports triton.
 
 The same as `lorapre.subspace.orthonormalize` with three passes in float32. A factor X is (length, R), its columns one
-after the other: the left one, K, in scratch; the right one, the transpose of L (R, q), in scratch or in the place of
-m_A. It is taken in chunks of rows; products of two factors come as one (R, R) matrix a chunk, which whoever needs their
-sum adds up.
+after the other: the left one, K, in scratch, where the first pass leaves G A^T of it; the right one, the transpose of
+L (R, q), in scratch or in the place of m_A. It is taken in chunks of rows; products of two factors come as one (R, R)
+matrix a chunk, which whoever needs their sum adds up.
 """
 
 # Triton's decorators and types are untyped where they are not missing (other platforms than Linux).
@@ -15,9 +15,10 @@ import triton
 import triton.language as tl
 
 from lorapre.backends.triton.elements import (
+    CROSS,
+    KEEP,
     LEFT,
     ON,
-    PART,
     RIGHT,
     ROWS,
     V_ROW,
@@ -48,31 +49,39 @@ def factor(matrices, matrix, scratch, length, RIGHT_SIDE: tl.constexpr, IN_STATE
 
 
 @triton.jit
+def factor_of_rows(base, rows, ranks, length, R: tl.constexpr):
+    """These rows of a left factor in the state, (rows, ranks) as float32."""
+    address = base + (rows[:, None] * R + ranks[None, :])
+    return tl.load(address, mask=(rows < length)[:, None] & (ranks < R)[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
 def product(
     matrices,
     items,
     starts,
     X,
     Y,
-    parts,
-    part_starts,
     sizes,
     products,
+    decay,
+    gain,
+    S_TYPE: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
-    PARTS: tl.constexpr,
     RIGHT_SIDE: tl.constexpr,
     X_IN_STATE: tl.constexpr,
     Y_IN_STATE: tl.constexpr,
     SCALE: tl.constexpr,
+    FORM: tl.constexpr,
     WITH_X: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """X^T X of each chunk, or X^T Y with the update's X (p, R) for Y where WITH_X.
 
-    Where SCALE, of X divided by ``sizes``, which of the left side the parts give.
+    Where SCALE, of X divided by ``sizes``. Where FORM, X is G A^T as yet, and K = decay B + gain X is multiplied.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     pid = tl.program_id(0)
@@ -85,20 +94,11 @@ def product(
     j = (block % R_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
     factor_of = 1.0
     if SCALE:
-        if RIGHT_SIDE:
-            size = tl.load(sizes + matrix)
-        else:
-            largest = tl.zeros((128,), tl.float32)
-            last = tl.load(part_starts + matrix + 1) * PARTS
-            for start in range(tl.load(part_starts + matrix) * PARTS, last, 128):
-                at = start + tl.arange(0, 128)
-                largest = tl.maximum(largest, tl.load(parts + at.to(tl.int64) * PART + 2, mask=at < last, other=0.0))
-            size = tl.max(largest, axis=0)
-            if chunk == 0 and block == 0:
-                tl.store(sizes + matrix, size)
+        size = tl.load(sizes + matrix)
         factor_of = tl.where(size > 0, 1.0 / size, 1.0)
     base, column = factor(matrices, matrix, X, length, RIGHT_SIDE, X_IN_STATE)
     Y_base = place_in(Y, matrices, matrix, LEFT, B, Y_IN_STATE)
+    B_base = base_of(matrices, matrix, B, S_TYPE)
     total = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
     first = chunk * CHUNK
     for start in range(first, tl.minimum(first + CHUNK, length), BLOCK):
@@ -106,6 +106,8 @@ def product(
         x = tl.load(
             base + (i[:, None] * column + rows[None, :]), mask=(i < R)[:, None] & (rows < column)[None, :], other=0.0
         )
+        if FORM:
+            x = decay * tl.trans(factor_of_rows(B_base, rows, i, length, R)) + gain * x
         if WITH_X:
             y = tl.load(
                 Y_base + (rows[:, None] * R + j[None, :]), mask=(rows < length)[:, None] & (j < R)[None, :], other=0.0
@@ -120,6 +122,8 @@ def product(
                     other=0.0,
                 )
             )
+            if FORM:
+                y = decay * factor_of_rows(B_base, rows, j, length, R) + gain * y
         total = tl.dot(x * factor_of, y * factor_of, total, input_precision=PRECISION)
     out = products + (tl.load(starts + matrix) + chunk).to(tl.int64) * R * R
     tl.store(out + (i[:, None] * R + j[None, :]), total, mask=(i < R)[:, None] & (j < R)[None, :])
@@ -136,6 +140,9 @@ def apply(
     Y,
     T,
     products,
+    decay,
+    gain,
+    S_TYPE: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -145,28 +152,33 @@ def apply(
     X_IN_STATE: tl.constexpr,
     Y_IN_STATE: tl.constexpr,
     SCALE: tl.constexpr,
+    FORM: tl.constexpr,
     GRAM: tl.constexpr,
     CARRY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """X <- X T in place, OUT ranks at once; and of the new X each chunk's X^T X (GRAM) or X^T Y (CARRY), Y (p, R).
 
-    SCALE divides X by ``sizes`` before, without which T might overflow.
+    SCALE divides X by ``sizes`` before, without which T might overflow. FORM makes, of G A^T in X's place and of m_B,
+    X = decay B + gain G A^T first, and Y = keep B + cross G A^T, which takes m_B's place where Y_IN_STATE.
     """
     item = tl.program_id(0)
     matrix = tl.load(items + item * 2).to(tl.int64)
     chunk = tl.load(items + item * 2 + 1)
     length = size_of(matrices, matrix, Q if RIGHT_SIDE else P)
     base, column = factor(matrices, matrix, X, length, RIGHT_SIDE, X_IN_STATE)
-    live = column
-    if X_IN_STATE:  # which stays as it is where the step is not enabled
-        live = column * (tl.load(coefficients + matrix * WIDTH + ON) != 0).to(tl.int32)
+    row = coefficients + matrix * WIDTH
+    on = (tl.load(row + ON) != 0).to(tl.int32)
+    # The state stays as it is where the step is not enabled.
+    live = column * on if X_IN_STATE else column
+    formed = length * on if Y_IN_STATE else length
     scale = 1.0
     if SCALE:
         size = tl.load(sizes + matrix)
         scale = tl.where(size > 0, 1.0 / size, 1.0)
     ranks = tl.arange(0, BLOCK_R)
     Y_base = place_in(Y, matrices, matrix, LEFT, B, Y_IN_STATE)
+    B_base = base_of(matrices, matrix, B, S_TYPE)
     T_base = T + matrix * R * R
     if OUT == BLOCK_R:
         t = tl.load(
@@ -181,6 +193,15 @@ def apply(
             mask=(ranks < R)[:, None] & (rows < column)[None, :],
             other=0.0,
         )
+        if FORM:
+            b = factor_of_rows(B_base, rows, ranks, length, R)
+            y = tl.load(row + KEEP) * b + tl.load(row + CROSS) * tl.trans(x)
+            tl.store(
+                Y_base + (rows[:, None] * R + ranks[None, :]),
+                y,
+                mask=(rows < formed)[:, None] & (ranks < R)[None, :],
+            )
+            x = decay * tl.trans(b) + gain * x
         x = x * scale
         for at in range(0, BLOCK_R, OUT):
             out = at + tl.arange(0, OUT)

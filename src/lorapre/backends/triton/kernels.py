@@ -15,11 +15,9 @@ import triton.language as tl
 
 from lorapre.backends.triton.elements import (
     COLUMNS_ALIGNED,
-    CROSS,
     DECAY,
     G_COL,
     G_ROW,
-    KEEP,
     LEFT,
     NUMBER,
     ON,
@@ -51,7 +49,6 @@ from lorapre.backends.triton.elements import (
     nearest,
     place_in,
     size_of,
-    sum_of_parts,
     tile_of,
     whole,
 )
@@ -69,7 +66,6 @@ def project(
     starts,
     coefficients,
     U,
-    X,
     row_sums,
     parts,
     decay,
@@ -83,15 +79,14 @@ def project(
     BLOCK_Q: tl.constexpr,
     NEGATE: tl.constexpr,
     CLIP: tl.constexpr,
-    IN_STATE: tl.constexpr,
     ORDER: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Pass 1 over G, a program a block of rows: K = decay B + gain G A^T to ``U``, X = keep B + cross G A^T.
+    """Pass 1 over G, a program a block of rows: G A^T to ``U``. It changes no state: G may turn out not to be finite.
 
-    Besides ``row_sums`` of G^2, and in ``parts`` the sums of G^2 and of G^2 / v_hat and the largest |K| of the block.
-    X takes the place of m_B where IN_STATE.
+    Besides ``row_sums`` of G^2, and in ``parts`` the sums of G^2 and of G^2 / v_hat and the largest |K| of the block,
+    K = decay B + gain G A^T.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     ALIGNED: tl.constexpr = (ORDER == ROWS_ALIGNED) | (ORDER == COLUMNS_ALIGNED)
@@ -107,9 +102,6 @@ def project(
     rows = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     ranks = r_block * BLOCK_R + tl.arange(0, BLOCK_R)
     row = coefficients + matrix * WIDTH
-    # Where the step is not enabled the gradients may be nan, and none is read.
-    on = (tl.load(row + ON) != 0).to(tl.int32)
-    live = p * on
     base = base_of(matrices, matrix, G, G_TYPE, ALIGNED)
     A_base = base_of(matrices, matrix, A, S_TYPE, ALIGNED)
     B_base = base_of(matrices, matrix, B, S_TYPE, ALIGNED)
@@ -128,7 +120,7 @@ def project(
     for start in range(0, q, BLOCK_Q):
         cols = start + tl.arange(0, BLOCK_Q)
         addresses = tile_of(base, rows, cols, row_stride, col_stride, ORDER)
-        g = tl.load(addresses, mask=(rows < live)[:, None] & (cols < q)[None, :], other=0.0)
+        g = tl.load(addresses, mask=(rows < p)[:, None] & (cols < q)[None, :], other=0.0)
         a = tl.load(
             A_base + (ranks[:, None] * q + cols[None, :]),
             mask=(ranks < R)[:, None] & (cols < q)[None, :],
@@ -148,44 +140,35 @@ def project(
             v_hat = v_row[:, None] * v_col[None, :] + fresh * square
             ratio = wide * tl.rsqrt(tl.where(v_hat > 0, v_hat, 1.0))
             surprise += tl.where(v_hat > 0, ratio * ratio, 0.0)
-    at = rows[:, None] * R + ranks[None, :]
-    inside = (rows < p)[:, None] & (ranks < R)[None, :]
-    b = tl.load(B_base + at, mask=inside, other=0.0).to(tl.float32)
-    k = decay * b + gain * total
+    b = tl.load(
+        B_base + (rows[:, None] * R + ranks[None, :]), mask=(rows < p)[:, None] & (ranks < R)[None, :], other=0.0
+    ).to(tl.float32)
     left = field(matrices, matrix, LEFT) // 16 * 16
     # Zeros down to the end of the last line: who reads it need not ask where p ends.
     column = lines_of(p)
     tl.store(
-        U + left + (ranks[None, :] * column + rows[:, None]), k, mask=(rows < column)[:, None] & (ranks < R)[None, :]
+        U + left + (ranks[None, :] * column + rows[:, None]),
+        total,
+        mask=(rows < column)[:, None] & (ranks < R)[None, :],
     )
-    x = tl.load(row + KEEP) * b + tl.load(row + CROSS) * total
-    if IN_STATE:
-        tl.store(
-            base_of(matrices, matrix, B, tl.float32, ALIGNED) + at,
-            x,
-            mask=(rows < live)[:, None] & (ranks < R)[None, :],
-        )
-    else:
-        tl.store(X + left + at, x, mask=inside)
     first_of_ranks = (r_block == 0).to(tl.int32)
     tl.store(row_sums + field(matrices, matrix, ROWS) + rows, tl.sum(squares, axis=1), mask=rows < p * first_of_ranks)
     part = parts + ((tl.load(starts + matrix) + tile).to(tl.int64) * R_BLOCKS + r_block) * PART
     tl.store(part, tl.sum(squares))
     tl.store(part + 1, tl.sum(surprise))
-    tl.store(part + 2, tl.max(tl.abs(k)))
+    tl.store(part + 2, tl.max(tl.abs(decay * b + gain * total)))
 
 
 @triton.jit
 def update(
     matrices,
     items,
-    starts,
     coefficients,
     U,
     X,
     L,
     C,
-    parts,
+    sums,
     sizes,
     gain,
     beta2,
@@ -199,7 +182,6 @@ def update(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    PARTS: tl.constexpr,
     NEGATE: tl.constexpr,
     RELATIVE: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -216,7 +198,8 @@ def update(
 ):
     """Pass 2 over G, a program a block of columns: W in place, L = C A + gain U^T G, and v_col one step on.
 
-    Of the programs of one block, one for each rank block, the first updates W. ``sizes`` (n) becomes the size of a row
+    Of the programs of one block, one for each rank block, the first updates W. ``sums`` (n, 2) are those of
+    `lorapre.backends.triton.elements.totals`, and its ``sizes`` (n) become the size of a row
     of L, at most, by which L is closed with a share of the old basis. The products are formed transposed, (columns,
     ranks) and (columns, rows): then what is wide goes along the 64 rows that Hopper's tensor cores want, tiles may be
     narrow, and several programs share a processor and hide each other's latency.
@@ -249,15 +232,13 @@ def update(
     col_base = base_of(matrices, matrix, V_COL, S_TYPE, ALIGNED)
     v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
     mean = mean_of(v_row, p, 512)
-    first_part = tl.load(starts + matrix)
-    last_part = tl.load(starts + matrix + 1)
-    squared = sum_of_parts(parts, first_part, last_part, 0, PARTS)
+    squared = tl.load(sums + matrix * 2)
     numel = p.to(tl.float32) * q.to(tl.float32)
     if RELATIVE:
         # The mean of v_hat: its rank-1 part has the mean of the old row means, whatever the columns are.
         eps = eps * tl.sqrt((beta2 * mean + (1.0 - beta2) * (squared / numel)) * v_scale)
     if CLIP:
-        surprise = tl.sqrt(sum_of_parts(parts, first_part, last_part, 1, PARTS) / numel)
+        surprise = tl.sqrt(tl.load(sums + matrix * 2 + 1) / numel)
         rate = rate / tl.maximum(surprise, 1.0)
     mean = tl.where(mean > 0, mean, 1.0)
     A_base = base_of(matrices, matrix, A, S_TYPE, ALIGNED)

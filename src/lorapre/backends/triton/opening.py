@@ -1,0 +1,83 @@
+"""Steps by the kernels of several cohorts, whose gradients are read before anything changes. Imports triton."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lorapre.backends.batches import Bucket
+from lorapre.backends.eager import AdamHyperparameters
+from lorapre.backends.opened import Opened
+from lorapre.backends.triton import newton, table
+from lorapre.backends.triton.adamw import SubspaceStep, turns_of
+from lorapre.backends.triton.layout import Layouts
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Buckets of one launch, and their options."""
+
+    buckets: Sequence[Bucket]
+    hyper: AdamHyperparameters
+
+
+def open_cohorts(cohorts: Sequence[Cohort], layouts: Layouts, *, seed: int | None) -> Opened:
+    """Launch the first pass of as many matrices as `lorapre.backends.triton.table.scratch_limit` leaves room for.
+
+    What has to wait for its turn, and what the paper's regression steps, is read for the first time by ``proceed``.
+    The scratch of a first pass is held until then, and given back cohort by cohort.
+
+    Args:
+        cohorts: of the whole optimizer step.
+        layouts: remembers addresses from step to step.
+        seed: of stochastic rounding; None rounds to nearest.
+    """
+    room = table.scratch_limit(
+        sum(
+            param.numel() * param.element_size()
+            for cohort in cohorts
+            for bucket in cohort.buckets
+            for param in bucket.params
+        )
+    )
+    begun: deque[SubspaceStep] = deque()
+    later: list[tuple[Callable[[Sequence[Bucket], AdamHyperparameters], None], Sequence[Bucket], AdamHyperparameters]]
+    later = []
+
+    def by_turn(buckets: Sequence[Bucket], hyper: AdamHyperparameters) -> None:
+        step = SubspaceStep(buckets, hyper, layouts, seed)
+        step.read()
+        step.proceed(None)  # the mask is the buckets' own
+
+    def by_newton(buckets: Sequence[Bucket], hyper: AdamHyperparameters) -> None:
+        newton.step_buckets(buckets, hyper, layouts, seed=seed)
+
+    for cohort in cohorts:
+        if cohort.hyper.regressor.regression == "newton":
+            later.append((by_newton, cohort.buckets, cohort.hyper))
+            continue
+        for place, (turn, scratch) in enumerate(turns_of(cohort.buckets)):
+            if place == 0 and (scratch <= room or not begun):
+                begun.append(SubspaceStep(turn, cohort.hyper, layouts, seed))
+                begun[-1].read()
+                room -= scratch
+            else:
+                later.append((by_turn, turn, cohort.hyper))
+
+    def proceed(enabled: Tensor | None) -> None:
+        while begun:
+            step = begun.popleft()
+            step.proceed(None if enabled is None else enabled.to(step.device))
+            del step  # and its scratch, before another takes some
+        for advance, buckets, hyper in later:
+            advance([bucket.where(enabled) for bucket in buckets], hyper)
+
+    return Opened(
+        proceed,
+        read=tuple(param for step in begun for param in step.matrix_params),
+        squares=tuple(step.squares for step in begun),
+        by_kernels=bool(cohorts),
+    )

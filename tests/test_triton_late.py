@@ -1,0 +1,298 @@
+"""Gradients that are not finite, where kernels take part: nothing changes, nobody waits, and it is said afterwards."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from _support import assert_close, assert_same_bits, make_params, random_grads, set_grads, snapshot
+from _triton import OPTIONS, needs_triton, scalars_as_bounds  # noqa: F401
+from lorapre import LoRAPreAdamW, NonFiniteGradientError
+from lorapre.backends.triton import table
+from lorapre.optim import gradients as checks
+
+pytestmark = needs_triton
+SHAPES = ((17, 33), (2, 12, 20), (20, 12), (7,))
+NAMES = ("first", "stack", "later", "vector")
+
+
+def build(device: torch.device, **options: Any) -> LoRAPreAdamW:
+    params = make_params(SHAPES, torch.float32, device)
+    options = {"rank": 4, **OPTIONS, "weight_decay": 0.1, "update_clipping": True, "backend": "triton", **options}
+    return LoRAPreAdamW(list(zip(NAMES, params, strict=True)), **options)
+
+
+def params_of(optimizer: LoRAPreAdamW) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def step(optimizer: LoRAPreAdamW, seed: int, bad: tuple[int, ...] = (), value: float = float("nan")) -> None:
+    params = params_of(optimizer)
+    grads = random_grads(params, seed)  # type: ignore[arg-type]
+    for index in bad:
+        grads[index].view(-1)[3] = value
+    set_grads(params, grads)  # type: ignore[arg-type]
+    optimizer.step()
+
+
+@pytest.fixture
+def in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scratch for one parameter at a time: the first pass of all others comes after the decision."""
+    monkeypatch.setattr(table, "LEAST_SCRATCH", 1)
+    monkeypatch.setattr(table, "SCRATCH_SHARE", 0.0)
+
+
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The tensors that the check reads for itself."""
+    seen: list[Tensor] = []
+    original = checks.largest
+
+    def watched(tensors: Sequence[Tensor]) -> Tensor:
+        seen.extend(tensors)
+        return original(tensors)
+
+    monkeypatch.setattr(checks, "largest", watched)
+    return seen
+
+
+BAD = {"a matrix": 0, "a stack": 1, "a matrix of a later turn": 2, "a dense parameter": 3}
+
+
+@pytest.mark.parametrize("turns", [False, True], ids=["at once", "in turns"])
+@pytest.mark.parametrize("where", BAD.values(), ids=BAD)
+def test_a_bad_step_changes_nothing_and_the_next_call_says_which_gradient_it_was(
+    where: int, turns: bool, device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    if turns:
+        request.getfixturevalue("in_turns")
+    optimizer, clean = build(device), build(device)
+    for each in (optimizer, clean):
+        step(each, 0)
+    optimizer.settle()
+    before = snapshot(optimizer)
+    step(optimizer, 1, bad=(where,))
+    changed = [(W, {key: value for key, value in state.items() if key != "step"}) for W, state in snapshot(optimizer)]
+    kept = [(W, {key: value for key, value in state.items() if key != "step"}) for W, state in before]
+    assert_same_bits(changed, kept)
+    with pytest.raises(NonFiniteGradientError, match=rf"'{NAMES[where]}' holds inf or nan.*the step before, which"):
+        step(optimizer, 2)
+    assert_same_bits(snapshot(optimizer), before)  # the counters too; and the call that raised did nothing
+    for each in (optimizer, clean):
+        step(each, 3)
+        each.settle()
+    assert_same_bits(snapshot(optimizer), snapshot(clean))
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), 1e25])
+def test_infinities_and_squares_beyond_float32_count_as_bad(value: float, device: torch.device) -> None:
+    optimizer = build(device)
+    before = snapshot(optimizer)
+    step(optimizer, 0, bad=(1,), value=value)
+    with pytest.raises(NonFiniteGradientError, match="'stack'"):
+        optimizer.settle()
+    assert_same_bits(snapshot(optimizer), before)
+    optimizer.settle()  # says it once
+
+
+def test_all_bad_gradients_are_counted(device: torch.device) -> None:
+    optimizer = build(device)
+    step(optimizer, 0, bad=(1, 2, 3))
+    with pytest.raises(NonFiniteGradientError, match=r"'stack' \(and those of 2 more\)"):
+        optimizer.settle()
+
+
+def test_skipping_leaves_the_step_out_with_a_warning(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
+    optimizer, clean = build(device, nonfinite="skip"), build(device, nonfinite="skip")
+    for each in (optimizer, clean):
+        step(each, 0)
+    with caplog.at_level(logging.WARNING, logger="lorapre"):
+        step(optimizer, 1, bad=(0,))
+        assert not caplog.records
+        for each in (optimizer, clean):
+            step(each, 2)
+    assert [record.getMessage() for record in caplog.records] == [
+        "LoRAPreAdamW skips a step: the gradient of parameter 'first' holds inf or nan"
+    ]
+    assert_same_bits(snapshot(optimizer), snapshot(clean))
+
+
+def test_what_is_saved_or_copied_after_a_bad_step_is_the_state_before_it(device: torch.device) -> None:
+    optimizer = build(device, nonfinite="skip")
+    step(optimizer, 0)
+    before = copy.deepcopy(optimizer.state_dict())
+    for saved in (
+        lambda: optimizer.state_dict(),
+        lambda: copy.deepcopy(optimizer).state_dict(),
+        lambda: pickle.loads(pickle.dumps(optimizer)).state_dict(),
+    ):
+        step(optimizer, 1, bad=(3,))
+        found = saved()
+        assert_same_bits(found["state"], before["state"])
+    step(optimizer, 1, bad=(3,))
+    optimizer.load_state_dict(before)  # whose counters nobody takes back
+    step(optimizer, 2)
+    assert all(state["step"].item() == 2 for state in optimizer.state_dict()["state"].values())
+
+
+@pytest.mark.parametrize("call", ["state_dict", "load_state_dict", "deepcopy"])
+def test_whoever_comes_next_hears_of_it_once_and_does_nothing(call: str, device: torch.device) -> None:
+    optimizer, other = build(device), build(device, seed=5)
+    step(other, 7)
+    state = other.state_dict()
+    before = snapshot(optimizer)
+    calls = {
+        "state_dict": optimizer.state_dict,
+        "load_state_dict": lambda: optimizer.load_state_dict(state),
+        "deepcopy": lambda: copy.deepcopy(optimizer),
+    }
+    step(optimizer, 0, bad=(0,))
+    with pytest.raises(NonFiniteGradientError, match="'first'"):
+        calls[call]()
+    assert_same_bits(snapshot(optimizer), before)
+    calls[call]()
+
+
+def test_a_closure_is_not_asked_by_a_call_that_raises(device: torch.device) -> None:
+    optimizer = build(device)
+    step(optimizer, 0, bad=(0,))
+    with pytest.raises(NonFiniteGradientError):
+        optimizer.step(lambda: pytest.fail("asked"))
+
+
+def test_gradients_that_the_kernels_read_are_not_read_for_the_check(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = asked(monkeypatch)
+    for capturable in (False, True):
+        optimizer = build(device, capturable=capturable)
+        seen.clear()
+        step(optimizer, 0)
+        assert [tensor.shape for tensor in seen] == [SHAPES[3]]
+
+
+@pytest.mark.usefixtures("in_turns")
+def test_those_that_have_to_wait_for_their_turn_are(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = asked(monkeypatch)
+    step(build(device), 0)
+    assert [tensor.shape for tensor in seen] == list(SHAPES[1:])
+
+
+def test_several_ranks_and_groups_are_read_once_for_the_check_too(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def grouped() -> LoRAPreAdamW:
+        params = make_params(SHAPES, torch.float32, device)
+        groups = [{"params": params[:1], "rank": 8}, {"params": params[1:2], "lr": 0.2}, {"params": params[2:]}]
+        return LoRAPreAdamW(groups, **{**OPTIONS, "rank": 4, "backend": "triton"})
+
+    seen = asked(monkeypatch)
+    optimizer, clean = grouped(), grouped()
+    for each in (optimizer, clean):
+        step(each, 0)
+    assert [tensor.shape for tensor in seen] == [SHAPES[3]] * 2
+    for where in range(4):
+        step(optimizer, 1, bad=(where,))
+        with pytest.raises(NonFiniteGradientError, match=f"'{where}'"):
+            optimizer.settle()
+    for each in (optimizer, clean):
+        step(each, 2)
+    assert_same_bits(snapshot(optimizer), snapshot(clean))
+
+
+def test_the_step_reads_nothing_back_from_the_device(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_contract_capture import HostReads
+
+    optimizer = build(device)
+    counters = {optimizer.state[param]["step"].data_ptr() for param in params_of(optimizer)}
+
+    class Reads(HostReads):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if args and isinstance(args[0], Tensor) and args[0].data_ptr() in counters:  # on the CPU
+                return func(*args, **(kwargs or {}))
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    params = params_of(optimizer)
+    set_grads(params, random_grads(params, 0))  # type: ignore[arg-type]
+    with Reads() as reads:
+        optimizer.step()
+    assert reads.found == []
+    with Reads() as reads:
+        build(device, backend="eager").step()
+        set_grads(params, random_grads(params, 0))  # type: ignore[arg-type]
+        eager = build(device, backend="eager")
+        set_grads(params_of(eager), random_grads(params, 0))  # type: ignore[arg-type]
+        eager.step()
+    assert reads.found  # which waits
+
+
+def test_without_kernels_a_bad_gradient_raises_at_once(device: torch.device) -> None:
+    optimizer = build(device, backend="eager")
+    before = snapshot(optimizer)
+    with pytest.raises(NonFiniteGradientError, match="'first' holds inf or nan. Nothing was changed"):
+        step(optimizer, 0, bad=(0,))
+    assert_same_bits(snapshot(optimizer), before)
+
+
+def test_gradients_on_two_types_of_device_are_decided_on_at_once(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as if the vector lived elsewhere
+    optimizer = build(device)
+    vector = params_of(optimizer)[3]
+    original = checks.device_types
+    monkeypatch.setattr(checks, "device_types", lambda items: original(items) | {"another"})
+    before = snapshot(optimizer)
+    with pytest.raises(NonFiniteGradientError, match="'vector' holds inf or nan. Nothing was changed"):
+        step(optimizer, 0, bad=(3,))
+    assert_same_bits(snapshot(optimizer), before)
+    step(optimizer, 1)
+    optimizer.settle()
+    assert optimizer.state[vector]["step"].item() == 1
+
+
+def test_the_paper_s_regression_is_decided_on_late_too(device: torch.device) -> None:
+    options = {"regression": "newton", "second_moment": "hadamard", "update_clipping": False}
+    optimizer, clean = build(device, **options), build(device, **options)
+    for where in (0, 3):
+        step(optimizer, 0, bad=(where,))
+        with pytest.raises(NonFiniteGradientError, match=f"'{NAMES[where]}'.*step before"):
+            optimizer.settle()
+    for each in (optimizer, clean):
+        step(each, 1)
+    assert_same_bits(snapshot(optimizer), snapshot(clean))
+
+
+def test_a_group_that_is_capturable_masks_its_counters_itself(device: torch.device) -> None:
+    params = make_params(SHAPES, torch.float32, device)
+    groups = [{"params": params[:2], "capturable": True}, {"params": params[2:]}]
+    optimizer = LoRAPreAdamW(groups, **{**OPTIONS, "rank": 4, "backend": "triton", "nonfinite": "skip"})
+    step(optimizer, 0)
+    optimizer.settle()
+    before = snapshot(optimizer)
+    for where in (0, 2, 3):
+        step(optimizer, 1, bad=(where,))
+        optimizer.settle()
+        assert_same_bits(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9, 0.999, 0.99999])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_however_slow_the_average_is_the_update_is_that_of_batched_torch(
+    beta1: float, state_dtype: torch.dtype, device: torch.device
+) -> None:
+    # what the first pass leaves is G A^T: from K = beta1 B + (1 - beta1) G A^T the update would be 1e5 roundings off
+    steps = []
+    for backend in ("triton", "eager"):
+        optimizer = build(device, backend=backend, betas=(beta1, 0.95), state_dtype=state_dtype)
+        for seed in range(2):
+            step(optimizer, seed)
+        steps.append([W for W, _ in snapshot(optimizer)][:3])
+    for mine, other in zip(*steps, strict=True):
+        assert_close(mine, other, 1e-5 if state_dtype == torch.float32 else 1e-2)
