@@ -128,6 +128,8 @@ def largest(tensors: Sequence[Tensor]) -> Tensor:
     of_cpu = iter(torch.stack(extremes).abs().view(-1, 2).amax(dim=1).unbind() if extremes else ())
     norms = iter(torch._foreach_norm(elsewhere, float("inf")) if elsewhere else ())
     found = [next(of_cpu if tensor.device.type == "cpu" else norms) for tensor in tensors]
+    if len({(value.device, value.dtype) for value in found}) == 1:  # one conversion instead of one each
+        return torch.stack(found).to(widest)
     return torch.stack([value.to(device, widest) for value in found])
 
 

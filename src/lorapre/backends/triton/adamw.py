@@ -68,16 +68,12 @@ class SubspaceStep(Step):
         self.L = self.U if self.L_in_state else self._empty(self.matrices.right)
         self.row_sums = self._empty(sum(p))
         self.sizes = self._empty(self.n)
-        self.sums = self._empty(2 * self.n)
+        self.squares = self._empty(self.n)  # sums of G^2, after `read`
+        self.surprises = self._empty(self.n)
         self.T, self.triangles, self.lower = (self._squares(self.n) for _ in range(3))
         self.project_rows = self._work(p, self.blocks.rows)
         self.project_parts = math.ceil(self.r / self.blocks.rank)
         self.parts = self._empty(self.project_rows.tiles * self.project_parts * elements.PART.value)
-
-    @property
-    def squares(self) -> Tensor:
-        """Sums of G^2 (n), after `read`."""
-        return self.sums[::2]
 
     @property
     def matrix_params(self) -> Iterator[Tensor]:
@@ -91,7 +87,12 @@ class SubspaceStep(Step):
         with on_device_of(self.buckets):
             self._project()
             elements.totals[(self.n,)](
-                self.parts, self.project_rows.starts, self.sums, self.sizes, PARTS=self.project_parts
+                self.parts,
+                self.project_rows.starts,
+                self.squares,
+                self.surprises,
+                self.sizes,
+                PARTS=self.project_parts,
             )
 
     def proceed(self, enabled: Tensor | None) -> None:
@@ -181,7 +182,8 @@ class SubspaceStep(Step):
                 self.X,
                 self.L,
                 C,
-                self.sums,
+                self.squares,
+                self.surprises,
                 self.sizes,
                 1.0 - hyper.beta1,
                 hyper.beta2,

@@ -194,14 +194,14 @@ def apply(
             other=0.0,
         )
         if FORM:
-            b = factor_of_rows(B_base, rows, ranks, length, R)
-            y = tl.load(row + KEEP) * b + tl.load(row + CROSS) * tl.trans(x)
+            b = tl.trans(factor_of_rows(B_base, rows, ranks, length, R))
+            y = tl.load(row + KEEP) * b + tl.load(row + CROSS) * x
             tl.store(
-                Y_base + (rows[:, None] * R + ranks[None, :]),
+                Y_base + (rows[None, :] * R + ranks[:, None]),
                 y,
-                mask=(rows < formed)[:, None] & (ranks < R)[None, :],
+                mask=(rows < formed)[None, :] & (ranks < R)[:, None],
             )
-            x = decay * tl.trans(b) + gain * x
+            x = decay * b + gain * x
         x = x * scale
         for at in range(0, BLOCK_R, OUT):
             out = at + tl.arange(0, OUT)

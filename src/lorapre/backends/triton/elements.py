@@ -144,14 +144,15 @@ def sum_of_parts(parts, first, last, column, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def totals(parts, starts, sums, sizes, PARTS: tl.constexpr):
-    """What the first pass left of each matrix in its ``PARTS`` blocks of ranks: ``sums`` (n, 2) of G^2 and of
-    G^2 / v_hat, and the largest |K| to ``sizes`` (n). One matrix a program."""
+def totals(parts, starts, sums, surprises, sizes, PARTS: tl.constexpr):
+    """Of what the first pass left of a matrix, in PARTS blocks of ranks: ``sums`` (n) of G^2, ``surprises`` (n), which
+    are those of G^2 / v_hat, and the largest |K| to ``sizes`` (n). One matrix a program.
+    """
     matrix = tl.program_id(0)
     first = tl.load(starts + matrix)
     last = tl.load(starts + matrix + 1)
-    tl.store(sums + matrix * 2, sum_of_parts(parts, first, last, 0, PARTS * PART))
-    tl.store(sums + matrix * 2 + 1, sum_of_parts(parts, first, last, 1, PARTS * PART))
+    tl.store(sums + matrix, sum_of_parts(parts, first, last, 0, PARTS * PART))
+    tl.store(surprises + matrix, sum_of_parts(parts, first, last, 1, PARTS * PART))
     largest = tl.zeros((128,), tl.float32)
     for start in range(first * PARTS, last * PARTS, 128):
         at = start + tl.arange(0, 128)

@@ -169,6 +169,7 @@ def update(
     L,
     C,
     sums,
+    surprises,
     sizes,
     gain,
     beta2,
@@ -198,11 +199,11 @@ def update(
 ):
     """Pass 2 over G, a program a block of columns: W in place, L = C A + gain U^T G, and v_col one step on.
 
-    Of the programs of one block, one for each rank block, the first updates W. ``sums`` (n, 2) are those of
-    `lorapre.backends.triton.elements.totals`, and its ``sizes`` (n) become the size of a row
-    of L, at most, by which L is closed with a share of the old basis. The products are formed transposed, (columns,
-    ranks) and (columns, rows): then what is wide goes along the 64 rows that Hopper's tensor cores want, tiles may be
-    narrow, and several programs share a processor and hide each other's latency.
+    Of the programs of one block, one for each rank block, the first updates W. ``sums`` and ``surprises`` are from
+    `lorapre.backends.triton.elements.totals`; ``sizes`` (n) becomes the size of a row of L, at most, by which L is
+    closed with a share of the old basis. The products are formed transposed, (columns, ranks) and (columns, rows): then
+    what is wide goes along the 64 rows that Hopper's tensor cores want, tiles may be narrow, and several programs share
+    a processor and hide each other's latency.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     ALIGNED: tl.constexpr = (G_ORDER == ROWS_ALIGNED) | (G_ORDER == COLUMNS_ALIGNED)
@@ -232,13 +233,13 @@ def update(
     col_base = base_of(matrices, matrix, V_COL, S_TYPE, ALIGNED)
     v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
     mean = mean_of(v_row, p, 512)
-    squared = tl.load(sums + matrix * 2)
+    squared = tl.load(sums + matrix)
     numel = p.to(tl.float32) * q.to(tl.float32)
     if RELATIVE:
         # The mean of v_hat: its rank-1 part has the mean of the old row means, whatever the columns are.
         eps = eps * tl.sqrt((beta2 * mean + (1.0 - beta2) * (squared / numel)) * v_scale)
     if CLIP:
-        surprise = tl.sqrt(tl.load(sums + matrix * 2 + 1) / numel)
+        surprise = tl.sqrt(tl.load(surprises + matrix) / numel)
         rate = rate / tl.maximum(surprise, 1.0)
     mean = tl.where(mean > 0, mean, 1.0)
     A_base = base_of(matrices, matrix, A, S_TYPE, ALIGNED)
@@ -352,7 +353,7 @@ def update(
             s = other + tl.arange(0, BLOCK_R)
             d = tl.load(C_base + s[:, None] * R + r[None, :], mask=(s < R)[:, None] & (r < R)[None, :], other=0.0)
             size += tl.sum(d * d, axis=1)
-    size_of_row = tl.sqrt((tl.sum(size, axis=0) + gain * gain * squared) / R)
+    size_of_row = tl.sqrt((tl.sum(size, axis=0) + gain * gain * tl.load(sums + matrix)) / R)
     share = tl.where(size_of_row > 0, CLOSING * size_of_row, 1.0)
     new = carried + gain * tl.trans(left) + share * before
     column = ranks[:, None] * q + cols[None, :]
