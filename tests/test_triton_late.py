@@ -17,6 +17,7 @@ from _support import assert_close, assert_same_bits, make_params, random_grads, 
 from _triton import OPTIONS, needs_triton, scalars_as_bounds  # noqa: F401
 from lorapre import LoRAPreAdamW, NonFiniteGradientError
 from lorapre.backends.triton import table
+from lorapre.diagnostics import MomentumDiagnostics
 from lorapre.optim import gradients as checks
 
 pytestmark = needs_triton
@@ -272,17 +273,28 @@ def test_the_paper_s_regression_is_decided_on_late_too(device: torch.device) -> 
     assert_same_bits(snapshot(optimizer), snapshot(clean))
 
 
-def test_a_group_that_is_capturable_masks_its_counters_itself(device: torch.device) -> None:
+@pytest.mark.parametrize("both", [False, True], ids=["one group", "all"])
+def test_a_group_that_is_capturable_masks_its_counters_itself(both: bool, device: torch.device) -> None:
     params = make_params(SHAPES, torch.float32, device)
-    groups = [{"params": params[:1], "capturable": True}, {"params": params[1:]}]
+    groups = [{"params": params[:1], "capturable": True}, {"params": params[1:], "capturable": both}]
     optimizer = LoRAPreAdamW(groups, **{**OPTIONS, "rank": 2, "backend": "triton", "nonfinite": "skip"})
     step(optimizer, 0)
     optimizer.settle()
     before = snapshot(optimizer)
     for where in range(3):
         step(optimizer, 1, bad=(where,))
-        optimizer.settle()
+        if not both:  # or there is nothing to hear of
+            optimizer.settle()
         assert_same_bits(snapshot(optimizer), before)
+
+
+def test_the_diagnostics_leave_out_what_the_step_left_out(device: torch.device) -> None:
+    optimizer = build(device, nonfinite="skip")
+    step(optimizer, 0, bad=(0,))
+    with MomentumDiagnostics(optimizer) as diagnostics:
+        for seed in range(3):
+            step(optimizer, seed, bad=(2,) if seed == 1 else ())
+    assert sorted({record.step for record in diagnostics.records}) == [1, 3]
 
 
 @pytest.mark.parametrize(

@@ -157,6 +157,7 @@ class MomentumDiagnostics:
             )
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"Invalid every: {every!r}. It must be an integer of at least 1.")
+        optimizer.settle()
         self._optimizer = optimizer
         self._every = every
         self._watched = _select(optimizer, [params] if isinstance(params, (str, Tensor)) else params)

@@ -23,7 +23,7 @@ from lorapre.backends.opened import Opened
 from lorapre.factors import Coefficient, Regressor
 from lorapre.optim.checks import check_options
 from lorapre.optim.gradients import Verdict, check_gradients, refuse_sparse
-from lorapre.optim.late import LateVerdict
+from lorapre.optim.late import LateVerdict, SettlingOptimizer
 from lorapre.optim.summary import OptimizerSummary, summarize
 from lorapre.routing import MatrixView, matrix_view, refuse_unsupported, state_dtype_of
 
@@ -51,7 +51,7 @@ def keywords(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in ("self", "params", "__class__")}
 
 
-class FactoredOptimizer(Optimizer):
+class FactoredOptimizer(SettlingOptimizer):
     """Base of the optimizers whose momenta are factored. Subclasses say what the state of a parameter is.
 
     Each group may set any option of the constructor, and ``compress`` (default True): False keeps all of the
@@ -172,32 +172,6 @@ class FactoredOptimizer(Optimizer):
     @staticmethod
     def _state_dtype(param: Tensor, group: Group) -> torch.dtype:
         return state_dtype_of(param.dtype, group["state_dtype"])
-
-    def settle(self) -> None:
-        """Hear what became of the last step, where kernels took part in it: until then ``step()`` has not waited.
-
-        `step`, `state_dict`, `load_state_dict`, pickles and copies do so first. If a gradient was not finite the step
-        has changed no weight and no state, and here its parameters' step counters are taken back.
-
-        Raises:
-            NonFiniteGradientError: so it was, and ``nonfinite`` is "raise". A second call does not raise again.
-        """
-        late: LateVerdict | None = self.__dict__.pop("_late", None)  # which no copy and no pickle has
-        if late is not None:
-            late.settle()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state and the groups, as every torch optimizer's.
-
-        Raises:
-            NonFiniteGradientError: see `settle`.
-        """
-        self.settle()
-        return super().state_dict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.settle()
-        return super().__getstate__()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as it was saved: factors keep their dtype whatever the weights' is.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer
 
 from lorapre.optim.gradients import Verdict, report
 
@@ -45,3 +47,35 @@ class LateVerdict:
             bad,
             "This was in the step before, which changed nothing, and neither did the present call",
         )
+
+
+class SettlingOptimizer(Optimizer):
+    """An optimizer whose last step may still be undecided, and that hears of it before anybody looks at its state."""
+
+    _late: LateVerdict | None = None  # an instance's own is in no copy and in no pickle
+
+    def settle(self) -> None:
+        """Hear what became of the last step, where kernels took part in it: until then ``step()`` has not waited.
+
+        `step`, `state_dict`, `load_state_dict`, pickles and copies do so first. If a gradient was not finite the step
+        has changed no weight and no state, and here its parameters' step counters are taken back.
+
+        Raises:
+            NonFiniteGradientError: so it was, and ``nonfinite`` is "raise". A second call does not raise again.
+        """
+        late, self._late = self._late, None
+        if late is not None:
+            late.settle()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state and the groups, as every torch optimizer's.
+
+        Raises:
+            NonFiniteGradientError: see `settle`.
+        """
+        self.settle()
+        return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return super().__getstate__()
