@@ -105,6 +105,9 @@ def scratch_bytes(optimizer: Optimizer) -> int | None:
         return None
     # Matrices and what is dense are updated one after the other, piece by piece and group by group.
     peaks = [0]
+    # Buffers of a matrix's size are shared by all that have one dtype; the rest is freed after each piece.
+    buffers: dict[tuple[int, torch.device], int] = {}
+    rest = 0
     for group in optimizer.param_groups:
         buckets: Counter[tuple[_Kind, torch.device]] = Counter()
         dense = []
@@ -115,16 +118,12 @@ def scratch_bytes(optimizer: Optimizer) -> int | None:
             elif kind.numel:
                 buckets[kind, param.device] += 1
         peaks.append(_adamw_scratch(dense, group))
-        # Buffers of a matrix's size are shared by all that have one dtype; the rest is freed after each piece.
-        buffers: dict[tuple[int, torch.device], int] = {}
-        rest = 0
         for (kind, device), count in buckets.items():
             together = min(count, max(1, scratch_numel(device) // kind.numel))
             shared, own = _at_once(kind, optimizer, group)
             buffers[kind.width, device] = max(buffers.get((kind.width, device), 0), together * shared)
             rest = max(rest, together * own)
-        peaks.append(sum(buffers.values()) + rest)
-    return max(peaks)
+    return max(*peaks, sum(buffers.values()) + rest)
 
 
 @dataclass(frozen=True)
