@@ -96,7 +96,6 @@ class TritonAdamW(LoRAPreAdamW):
     """LoRAPreAdamW whose matrices go to the kernels, or, with ``eagerly``, to what they are compared with."""
 
     eagerly = False
-    stochastic: int | None = None  # the seed
 
     def _open(self, work: Work) -> Opened:
         jobs = [(buckets, self._hyperparameters(group, buckets[0].params[0].device)) for buckets, group in work]
@@ -111,9 +110,7 @@ class TritonAdamW(LoRAPreAdamW):
             return Opened(proceed)
         if not hasattr(self, "layouts"):
             self.layouts = Layouts()
-        return backend.open_adamw(
-            jobs, self.layouts, stochastic_rounding=self.stochastic is not None, seed=self.stochastic or 0
-        )
+        return backend.open_adamw(jobs, self.layouts)
 
     def step_buckets(self, buckets: list[Bucket], group: dict[str, Any]) -> None:
         """The kernels alone: no check, no counters."""
@@ -146,6 +143,12 @@ def both(shapes: tuple[Shape, ...], dtype: torch.dtype, device: torch.device, **
         kind([nn.Parameter(param.detach().clone()) for param in params], **{"rank": 4, **OPTIONS, **options})
         for kind in (TritonAdamW, EagerAdamW)
     ]
+
+
+def rounded_by_chance(optimizer: torch.optim.Optimizer, seed: int | None) -> None:
+    """Switch stochastic rounding on from here; another seed at the start would draw other factors. None: off."""
+    for group in optimizer.param_groups:
+        group["stochastic_rounding"], group["seed"] = seed is not None, seed or 0
 
 
 def params_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -128,6 +128,7 @@ def test_parameters_that_would_be_trained_wrongly_are_refused_with_the_remedy(
         ({"state_dtype": torch.complex64}, "state_dtype: torch.complex64"),
         ({"state_dtype": torch.float8_e4m3fn}, "state_dtype: torch.float8_e4m3fn"),
         ({"state_dtype": "float32"}, "state_dtype: 'float32'"),
+        ({"stochastic_rounding": "yes"}, "stochastic_rounding: 'yes'"),
         ({"seed": 1.5}, "seed value: 1.5"),
         ({"seed": True}, "seed value: True"),
         ({"nonfinite": "ignore"}, "nonfinite: 'ignore'.*'raise', 'skip'"),
@@ -198,6 +199,7 @@ COMMON = {
     "damping_mode": "absolute",
     "view_3d": "flatten",
     "state_dtype": torch.float64,
+    "stochastic_rounding": True,
     "seed": 5,
     "maximize": True,
     "capturable": True,
@@ -239,6 +241,7 @@ def test_every_option_may_be_set_in_a_group_and_matters(kind: Kind) -> None:
 
     def trained(params_of_group: dict[str, Any], **options: Any) -> Any:
         params = make_params([(6, 8, 5), (7,)], torch.float32, torch.device("cpu"))
+        params += make_params([(6, 8, 5)], torch.bfloat16, torch.device("cpu"))
         optimizer = kind([{"params": params, **params_of_group}], **options)
         train(optimizer, 3)
         return optimizer
@@ -292,7 +295,7 @@ def test_a_preset_pins_every_option_that_the_paper_has_a_value_for(kind: Kind) -
     assert group["rank"] == 128
     # what is left to the defaults means nothing here, or is nobody's choice but the user's
     free = {"params", "lr", "rank", "second_moment_rank", "view_3d", "state_dtype", "seed", "maximize", "capturable"}
-    free |= {"nonfinite", "compress", "backend", "eps", "betas", "ns_steps", "ns_dtype", "scale"}
+    free |= {"stochastic_rounding", "nonfinite", "compress", "backend", "eps", "betas", "ns_steps", "ns_dtype", "scale"}
     assert set(group) <= free | set(kind.options)
 
 

@@ -133,6 +133,26 @@ def test_the_scratch_estimate_bounds_what_a_step_allocates(
     assert estimate <= 2.5 * peak + slack
 
 
+@pytest.mark.parametrize("shapes", [[SQUARE] * 3, [TALL], [(3, *SQUARE)], [(16, 16), (200_000,), (30_000,)]])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_stochastic_rounding_holds_is_counted_and_bounded(kind: Any, shapes: list[Shape]) -> None:
+    params = make_params(shapes, BF16, CPU)
+    optimizer = kind(params, rank=4, stochastic_rounding=True)
+    set_grads(params, random_grads(params, 0))
+    optimizer.step()
+    peak, bound = peak_bytes(optimizer.step), scratch_bytes(optimizer)
+    assert bound is not None
+    assert peak <= bound + 4096
+    assert bound <= 2.5 * peak + 4096
+    large, rounded = (
+        estimate_memory(
+            [{"params": [torch.empty(2**13, 2**13, dtype=BF16, device="meta")]}], 4, optimizer=kind, **option
+        )
+        for option in ({}, {"stochastic_rounding": True})
+    )
+    assert large.scratch < rounded.scratch < 1.2 * large.scratch
+
+
 @pytest.mark.parametrize(
     ("kind", "shape"),  # vectors: torch's AdamW takes them all at once
     [*((kind, SQUARE) for kind in KINDS), (LoRAPreSGD, (20_000,)), (LoRAPreLion, (20_000,))],

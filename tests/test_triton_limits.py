@@ -19,6 +19,7 @@ from _support import Shape, assert_close, assert_same_bits, gradients, make_para
 from _triton import DEVICE, OPTIONS, EagerAdamW, both, needs_triton, params_of, scalars_as_bounds  # noqa: F401
 from lorapre.backends import triton as backend
 from lorapre.backends.batches import Bucket
+from lorapre.backends.rounding import Rounding
 from lorapre.backends.triton import table
 from lorapre.backends.triton.layout import COLUMNS, IN_ROWS, ROWS_ALIGNED, STATE, Layouts, Matrices, P, Q, W
 from lorapre.optim.adamw import PAPER_PRESET
@@ -201,7 +202,8 @@ def test_strides_that_are_no_matrix_s_are_refused_and_the_step_raises(device: to
     crooked = replace(bucket, state={**bucket.state, "m_A": [factor, bucket.state["m_A"][1]]})
     assert "contiguous" in str(backend.supports(crooked, hyper))
     assert "empty" in str(backend.supports(replace(bucket, params=[], grads=[]), hyper))
-    assert "bfloat16" in str(backend.supports(bucket, hyper, stochastic_rounding=True))
+    rounded = replace(bucket, rounding=Rounding(0, (0, 1)))
+    assert "bfloat16" in str(backend.supports(rounded, hyper))
 
 
 def isolated(code: str, **environment: str) -> str:

@@ -27,6 +27,7 @@ from _triton import (  # noqa: F401
     exact_products,
     needs_triton,
     params_of,
+    rounded_by_chance,
     scalars_as_bounds,
     small_blocks,
 )
@@ -192,7 +193,7 @@ def test_stochastic_rounding_takes_one_of_two_neighbours_without_bias(device: to
             nn.Parameter(p.detach().bfloat16().to(dtype)) for p in make_params(((40, 50),), torch.float32, device)
         ]
         optimizer = paper(TritonAdamW, params, lr=1e-3, weight_decay=2.0)
-        optimizer.stochastic = seed
+        rounded_by_chance(optimizer, seed)
         params[0].grad = next(gradients((40, 50), 1)).bfloat16().to(device, dtype)
         optimizer.step()
         return params[0].detach().double().cpu()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from _support import Shape, assert_same_bits, gradients, make_params
-from _triton import OPTIONS, TritonAdamW, needs_triton, scalars_as_bounds  # noqa: F401
+from _support import Shape, assert_same_bits, gradients, make_params, set_grads
+from _triton import OPTIONS, TritonAdamW, needs_triton, rounded_by_chance, scalars_as_bounds  # noqa: F401
+from lorapre import LoRAPreAdamW
 
 pytestmark = needs_triton
 
@@ -27,7 +29,7 @@ def draw(
     for param in params[1:]:
         param.data.copy_(params[0].data)
     optimizer = TritonAdamW(params, **{"rank": 4, **OPTIONS, "lr": 1e-3, "weight_decay": 2.0})
-    optimizer.stochastic = seed if dtype == torch.bfloat16 else None
+    rounded_by_chance(optimizer, seed if dtype == torch.bfloat16 else None)
     for param in params[1:]:
         for key, value in optimizer.state[param].items():
             value.copy_(optimizer.state[params[0]][key])
@@ -72,3 +74,24 @@ def test_stochastic_rounding_gives_one_of_two_neighbours_and_the_exact_value_on_
     noise = up - share
     correlation = (noise[:, :, 1:] * noise[:, :, :-1]).mean() / noise.square().mean()
     assert abs(correlation.item()) < 5 / noise.numel() ** 0.5
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**32 + 3, 2**63 - 1])
+@pytest.mark.parametrize("regression", ["subspace", "newton"])
+def test_for_one_update_both_backends_write_the_same_bits(regression: str, seed: int, device: torch.device) -> None:
+    options = {"second_moment": "hadamard", "update_clipping": False} if regression == "newton" else {}
+    shapes: tuple[Shape, ...] = ((20, 30), (17, 33), (2, 20, 30), (600,), (20, 30))
+    results = []
+    for backend, capturable in (("eager", False), ("triton", False), ("triton", True)):
+        params = make_params(shapes, torch.bfloat16, device)
+        params[1].data = params[1].data.mT.contiguous().mT
+        optimizer = LoRAPreAdamW(
+            params, rank=4, lr=0.1, weight_decay=1.0, stochastic_rounding=True, backend=backend, seed=seed,
+            capturable=capturable, regression=regression, **options,
+        )  # fmt: skip
+        for _ in range(2):  # the weights decay, and nothing else
+            set_grads(params, [torch.zeros_like(param) for param in params])
+            optimizer.step()
+        results.append([param.detach().clone() for param in params])
+    assert_same_bits(results[1], results[0])
+    assert_same_bits(results[2], results[0])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from lorapre.backends import rounding
 from lorapre.backends.batches import scratch_numel
 from lorapre.optim.adamw import LoRAPreAdamW
 from lorapre.optim.base import FactoredOptimizer, Group
@@ -109,20 +110,21 @@ def scratch_bytes(optimizer: Optimizer) -> int | None:
     buffers: dict[tuple[int, torch.device], int] = {}
     rest = 0
     for group in optimizer.param_groups:
-        buckets: Counter[tuple[_Kind, torch.device]] = Counter()
-        dense = []
+        buckets: Counter[tuple[_Kind, torch.device, int]] = Counter()
+        dense, rounded = [], [0]
         for param in group["params"]:
             kind = _kind_of(param, optimizer, group)
             if kind.view is None and isinstance(optimizer, DenseAdamW):
                 dense.append(kind)
+                rounded.append(_rounding_scratch(param, group))
             elif kind.numel:
-                buckets[kind, param.device] += 1
-        peaks.append(_adamw_scratch(dense, group))
-        for (kind, device), count in buckets.items():
+                buckets[kind, param.device, _rounding_scratch(param, group)] += 1
+        peaks.append(_adamw_scratch(dense, group, max(rounded)))
+        for (kind, device, by_chance), count in buckets.items():
             together = min(count, max(1, scratch_numel(device) // kind.numel))
             shared, own = _at_once(kind, optimizer, group)
             buffers[kind.width, device] = max(buffers.get((kind.width, device), 0), together * shared)
-            rest = max(rest, together * own)
+            rest = max(rest, together * own + by_chance)
     return max(*peaks, sum(buffers.values()) + rest)
 
 
@@ -150,6 +152,12 @@ def _kind_of(param: Tensor, optimizer: FactoredOptimizer, group: Group) -> _Kind
     return _Kind(optimizer._view(param, group), param.shape, param.element_size(), state_dtype.itemsize, width)
 
 
+def _rounding_scratch(param: Tensor, group: Group) -> int:
+    """What stochastic rounding of one parameter holds."""
+    by_chance = group["stochastic_rounding"] and param.dtype == torch.bfloat16
+    return rounding.scratch_bytes(param.numel(), param.device) if by_chance else 0
+
+
 def _dense_sizes(group: Group) -> Iterator[_Kind]:
     """torch's AdamW keeps its state in the weights' dtype, and computes in it."""
     for param in group["params"]:
@@ -157,8 +165,8 @@ def _dense_sizes(group: Group) -> Iterator[_Kind]:
         yield _Kind(None, param.shape, size, size, size)
 
 
-def _adamw_scratch(kinds: Iterable[_Kind], group: Group) -> int:
-    """torch's AdamW for one group, on weights and states that are widened first."""
+def _adamw_scratch(kinds: Iterable[_Kind], group: Group, rounded: int = 0) -> int:
+    """torch's AdamW for one group, on weights and states that are widened first; ``rounded`` is held afterwards."""
     largest = together = copies = 0
     for kind in kinds:
         size = kind.numel * kind.width
@@ -166,7 +174,7 @@ def _adamw_scratch(kinds: Iterable[_Kind], group: Group) -> int:
         copies += 2 * size * ((kind.weight_width < kind.width) + (kind.state_width < kind.width))
     # One by one, or as lists; fused it needs nothing.
     negated = group["maximize"]
-    return copies + (0 if group["capturable"] else max((3 + negated) * largest, (1 + negated) * together))
+    return copies + max(rounded, 0 if group["capturable"] else max((3 + negated) * largest, (1 + negated) * together))
 
 
 def _at_once(kind: _Kind, optimizer: FactoredOptimizer, group: Group) -> tuple[int, int]:

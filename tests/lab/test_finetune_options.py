@@ -208,9 +208,30 @@ def test_help_names_the_true_defaults(capsys: pytest.CaptureFixture[str], monkey
 
 def test_it_is_said_that_weights_in_bfloat16_lose_small_updates(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     warning = "Warning: --dtype bfloat16: weights of 8 bits lose updates"
-    assert warning in " ".join(finetune(capsys, "--dtype", "bfloat16", "--dry-run").out.split())
+    said = " ".join(finetune(capsys, "--dtype", "bfloat16", "--dry-run").out.split())
+    assert warning in said
+    assert "or round by chance: --set stochastic_rounding=true." in said
+    by_chance = finetune(capsys, "--dtype", "bfloat16", "--set", "stochastic_rounding=true", "--dry-run")
+    assert by_chance.code == 0
+    assert "bfloat16: weights" not in by_chance.out
+    others = finetune(capsys, "--dtype", "bfloat16", "--method", "full-adamw", "--dry-run").out
+    assert warning in " ".join(others.split())
+    assert "stochastic_rounding" not in others
     assert "bfloat16: weights" not in finetune(capsys, "--dtype", "bfloat16", "--method", "lora", "--dry-run").out
     assert "bfloat16: weights" not in finetune(capsys, "--dry-run").out
+
+
+@pytest.mark.parametrize("given", [[], ["--adapter", "lora"]], ids=["float32", "adapter"])
+@pytest.mark.parametrize("method", ["lorapre-adamw", "lorapre-sgd"])
+def test_stochastic_rounding_of_weights_that_are_not_in_bfloat16_is_refused(
+    own: Path, capsys: pytest.CaptureFixture[str], given: list[str], method: str
+) -> None:
+    dtype = ["--dtype", "bfloat16", "--adapter-rank", "8", "--rank", "2"] if given else []
+    arguments = [*given, *dtype, "--method", method, "--set", "stochastic_rounding=true", "--dry-run"]
+    outcome = finetune(capsys, *arguments)
+    assert outcome.code == 2
+    assert "--set stochastic_rounding=true: " in outcome.message
+    assert "there are none: the parameters are of torch.float32" in outcome.message
 
 
 def test_a_tokenizer_that_can_neither_end_nor_pad_is_refused(own: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,7 @@ def test_the_options_are_the_keywords_of_the_class_without_those_that_the_lab_se
     assert set(options_of(Later)) == {"gain", "kind"}
     assert set(options_of(Later, owned={**OWNED, "gain": "--gain sets it"})) == {"kind"}
     names = {"eps", "damping", "damping_mode", "bias_correction", "second_moment", "scale", "state_dtype"}
+    names |= {"update_clipping", "stochastic_rounding"}
     for entry in (OURS, OPTIMIZERS["lorapre-adamw-paper"]):
         assert names <= set(entry.options)
         assert not set(entry.options) & set(OWNED)
@@ -194,6 +195,16 @@ def test_they_reach_the_matrices_alone_and_are_recorded_as_numbers(pretrain: Cli
     assert facts["compare"]["lorapre-adamw-paper"]["options"] == {}
     assert facts["formula_bytes"] == facts["matrix_state_bytes"]
     assert yaml.safe_load((here / "run" / "config.yaml").read_text())["options"] == expected
+
+
+@pytest.mark.parametrize("name", ["lorapre-adamw", "lorapre-muon"])
+def test_stochastic_rounding_alone_reaches_what_is_dense_too(name: str) -> None:
+    body = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 30)).bfloat16()
+    config = PretrainConfig(rank=3, options={"stochastic_rounding": True})
+    kind, kwargs = OPTIMIZERS[name].build(body, config, 1e-3, 1e-3)
+    groups = kind(**kwargs).param_groups
+    assert len(groups) == 3
+    assert [group["stochastic_rounding"] for group in groups] == [True] * 3
 
 
 def test_a_resumed_run_keeps_its_options(pretrain: Cli, here: Path) -> None:

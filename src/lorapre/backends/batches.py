@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from lorapre.backends.rounding import Rounding, round_
 from lorapre.factors import Coefficient
 from lorapre.routing import MatrixView
 
@@ -59,7 +60,7 @@ class Bucket:
         step: number t of this step, from 1: a float, or a tensor with one entry a parameter.
         maximize: ascend.
         enabled: a 0-d bool tensor on the device; where False, nothing changes (the gradients are not finite).
-        first: how many matrices of the same kind went before, where a bucket is a part of one.
+        rounding: of bfloat16 weights by chance; None rounds to nearest.
         scratch: what its pieces take their p x q buffers from.
     """
 
@@ -70,7 +71,7 @@ class Bucket:
     step: Coefficient
     maximize: bool
     enabled: Tensor | None = None
-    first: int = 0
+    rounding: Rounding | None = None
     scratch: Scratch = field(default_factory=Scratch, compare=False)
 
     def where(self, enabled: Tensor | None) -> Bucket:
@@ -86,7 +87,10 @@ class Bucket:
             if isinstance(step, Tensor):  # one coefficient a matrix, to broadcast over its rows and columns
                 step = step[part].repeat_interleave(self.view.batch)[:, None, None]
             state = {key: tensors[part] for key, tensors in self.state.items()}
-            piece = Piece(self.view, self.params[part], self.grads[part], state, step, self.enabled, self.scratch)
+            rounding = None if self.rounding is None else self.rounding.part(part)
+            piece = Piece(
+                self.view, self.params[part], self.grads[part], state, step, self.enabled, rounding, self.scratch
+            )
             if self.maximize:
                 piece.G.neg_()
             yield piece
@@ -110,9 +114,10 @@ class Piece:
         state: dict[str, list[Tensor]],
         step: Coefficient,
         enabled: Tensor | None,
+        rounding: Rounding | None,
         scratch: Scratch,
     ) -> None:
-        self._view, self._params, self._state = view, params, state
+        self._view, self._params, self._state, self._rounding = view, params, state, rounding
         self.enabled = enabled
         n = len(params) * view.batch
         widest = torch.promote_types(params[0].dtype, next(iter(state.values()))[0].dtype)
@@ -144,7 +149,7 @@ class Piece:
     def apply(self, update: Tensor, decay: Coefficient, scratch: Tensor | None = None) -> None:
         """weights <- decay * weights + update (n, p, q), rounded once where the weights are narrower than it.
 
-        ``scratch`` is a buffer of ``update``'s size that may be overwritten.
+        ``scratch`` is a contiguous buffer of ``update``'s size that may be overwritten.
         """
         params = self._params
         if self.enabled is not None:
@@ -155,10 +160,22 @@ class Piece:
                 torch._foreach_mul_(params, decay)
             torch._foreach_add_(params, parts)
             return
-        wide = (torch.empty_like(update) if scratch is None else scratch).view(len(params), *params[0].shape)
+        if scratch is None:  # in the elements' order, which Muon's update of a tall matrix is not
+            scratch = torch.empty_like(update, memory_format=torch.contiguous_format)
+        wide = scratch.view(len(params), *params[0].shape)
         torch._foreach_copy_(list(wide.unbind(0)), params)
         wide.mul_(decay).add_(update.view_as(wide))
+        if self._rounding is not None:
+            self._round(wide, self._rounding)
         scatter(wide, params)
+
+    def _round(self, wide: Tensor, rounding: Rounding) -> None:
+        """Round new weights (parameters, *shape) by chance, in place; what then narrows them loses nothing."""
+        for index, stream in enumerate(rounding.streams):
+            step = self.step
+            if isinstance(step, Tensor):  # one a matrix
+                step = step[index * self._view.batch].view(())
+            round_(wide[index], seed=rounding.seed, stream=stream, step=step, numel=self._view.p * self._view.q)
 
 
 def gather(tensors: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -64,7 +64,11 @@ class LoRAPreAdamW(DenseAdamW):
             batched torch; "auto" takes the kernels where `lorapre.backends.dispatch.MEASURED` says so.
         view_3d: a 3-D weight is a "stack" of matrices, or to be flattened to (out, in * kernel): "flatten".
         state_dtype: dtype of the state; None is the parameter's own, but at least float32.
-        seed: of the random right factors. Each parameter draws from its own stream, the same in every process.
+        stochastic_rounding: round new bfloat16 weights up or down by chance, drawn from ``seed``, the step and the
+            element, so that updates too small for bfloat16 arrive on average; dense parameters' too. Weights of other
+            dtypes are not concerned.
+        seed: of the random right factors and of stochastic rounding. Each parameter draws from its own streams, the
+            same in every process.
         maximize: ascend instead of descend.
         capturable: keep the step counters on the device, so that ``step()`` can be captured in a CUDA graph.
         nonfinite: what to do when a gradient holds inf or nan: "raise" a RuntimeError, or "skip" the whole step.
@@ -74,7 +78,7 @@ class LoRAPreAdamW(DenseAdamW):
             does nothing else if it raises. To the kernels, squares whose sum is beyond float32 (3.4e38) are inf.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or ``stochastic_rounding`` is on without any bfloat16 parameter.
         TypeError: a parameter is complex, sharded or flattened.
     """
 
@@ -101,6 +105,7 @@ class LoRAPreAdamW(DenseAdamW):
         backend: Backend = "auto",
         view_3d: View3D = "stack",
         state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
         seed: int = 0,
         maximize: bool = False,
         capturable: bool = False,

@@ -20,8 +20,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lorapre import factors
 from lorapre.backends.batches import Bucket, Scratch
 from lorapre.backends.opened import Opened
+from lorapre.backends.rounding import Rounding, rounding_of
 from lorapre.factors import Coefficient, Regressor
-from lorapre.optim.checks import check_options
+from lorapre.optim.checks import check_options, check_rounding
 from lorapre.optim.gradients import Verdict, check_gradients, refuse_sparse
 from lorapre.optim.late import LateVerdict, SettlingOptimizer
 from lorapre.optim.summary import OptimizerSummary, summarize
@@ -60,6 +61,7 @@ class FactoredOptimizer(SettlingOptimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         super().__init__(params, {**defaults, "compress": True})
+        check_rounding(self.param_groups)
         self._warn_if_nothing_is_compressed()
 
     # What a subclass provides.
@@ -192,6 +194,8 @@ class FactoredOptimizer(SettlingOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Reached from load_state_dict (no "defaults" yet) and from unpickling (nothing set yet).
         defaults = state.get("defaults", getattr(self, "defaults", {}))
+        if "defaults" in state:
+            defaults.setdefault("stochastic_rounding", False)  # older pickles have no such option
         for group in state["param_groups"]:
             for key, value in defaults.items():
                 group.setdefault(key, value)
@@ -311,6 +315,7 @@ class FactoredOptimizer(SettlingOptimizer):
                 state={key: [state[key] for state in states] for key in states[0] if key != "step"},
                 step=torch.stack(steps) + 1 if count is None else count + 1.0,
                 maximize=group["maximize"],
+                rounding=self._rounding(params, group),
                 scratch=scratch,
             )
             by_device[params[0].device].append(bucket)
@@ -335,6 +340,11 @@ class FactoredOptimizer(SettlingOptimizer):
                     torch._foreach_add_(steps, 1.0)
                 else:  # as a list: given one tensor, the CUDA kernel asks the host for its value
                     torch._foreach_add_(steps, [mask.to(steps[0].device, steps[0].dtype)] * len(steps))
+
+    def _rounding(self, params: list[Tensor], group: Group) -> Rounding | None:
+        """How ``params`` of one dtype are rounded; None is to nearest."""
+        everyone = [param for other in self.param_groups for param in other["params"]]
+        return rounding_of(params, everyone, on=group["stochastic_rounding"], seed=group["seed"])
 
     @staticmethod
     def _lr(group: Group, device: torch.device) -> Coefficient:

@@ -38,11 +38,24 @@ def check_options(group: dict[str, Any]) -> None:
         )
     if not isinstance(group["seed"], int) or isinstance(group["seed"], bool):
         raise ValueError(f"Invalid seed value: {group['seed']!r}. It must be an integer.")
+    if not isinstance(group["stochastic_rounding"], bool):
+        raise ValueError(f"Invalid stochastic_rounding: {group['stochastic_rounding']!r}. Give True or False.")
     dtype = group["state_dtype"]
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(
             f"Invalid state_dtype: {dtype!r}. Give a floating torch.dtype of 16 to 64 bits, or None for at "
             "least float32."
+        )
+
+
+def check_rounding(groups: list[dict[str, Any]]) -> None:
+    """Raise ``ValueError`` where ``stochastic_rounding`` is on and no parameter that it is on for is bfloat16."""
+    dtypes = {param.dtype for group in groups if group["stochastic_rounding"] for param in group["params"]}
+    if dtypes and torch.bfloat16 not in dtypes:
+        raise ValueError(
+            "stochastic_rounding=True rounds bfloat16 weights, and there are none: the parameters are of "
+            f"{', '.join(sorted(map(str, dtypes)))}. Convert the model before the optimizer is built "
+            "(model.to(torch.bfloat16)), or leave the option out: other weights are not rounded by chance."
         )
 
 

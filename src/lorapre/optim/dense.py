@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lorapre.backends.rounding import round_
 from lorapre.optim.base import FactoredOptimizer, Group
 
 
@@ -38,8 +39,8 @@ class DenseAdamW(FactoredOptimizer):
 
         def widened(tensors: list[Tensor]) -> list[Tensor]:
             wide = [tensor.to(dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-            # torch's fused CPU kernel walks through memory without a look at the strides.
-            return [tensor.contiguous() for tensor in wide] if fused else wide
+            # torch's fused CPU kernel walks through memory without a look at the strides, as rounding does.
+            return [tensor.contiguous() for tensor in wide] if fused or group["stochastic_rounding"] else wide
 
         wide_params, wide_averages, wide_squares = widened(params), widened(averages), widened(squares)
         steps = [state["step"] for state in states]
@@ -71,14 +72,28 @@ class DenseAdamW(FactoredOptimizer):
             eps=group["eps"],
             maximize=group["maximize"],
         )
+        for step, counter in zip(steps, counters, strict=True):
+            if step is not counter:
+                step.add_(1.0)
+        self._round_dense(params, wide_params, steps, group)
         for original, result in zip(
             params + averages + squares, wide_params + wide_averages + wide_squares, strict=True
         ):
             if original is not result:
                 original.copy_(result)
-        for step, counter in zip(steps, counters, strict=True):
-            if step is not counter:
-                step.add_(1.0)
+
+    def _round_dense(self, params: list[Tensor], values: list[Tensor], steps: list[Tensor], group: Group) -> None:
+        """Round what is to be written to bfloat16 parameters by chance, where the group says so.
+
+        What a step that is not enabled leaves as it was is in bfloat16 already, and stays.
+        """
+        narrow = [index for index, param in enumerate(params) if param.dtype == torch.bfloat16]
+        rounding = self._rounding([params[index] for index in narrow], group) if narrow else None
+        if rounding is None:
+            return
+        for index, stream in zip(narrow, rounding.streams, strict=True):
+            step = steps[index] if group["capturable"] else steps[index].item()
+            round_(values[index], seed=rounding.seed, stream=stream, step=step, numel=params[index].numel())
 
 
 def _sent(counters: list[Tensor], devices: list[torch.device]) -> list[Tensor]:

@@ -57,18 +57,16 @@ def unavailable(device_type: str) -> str | None:
     return None if device_type == active else f"triton runs on {active}, not on {device_type}"
 
 
-def supports(bucket: Bucket, hyper: AdamHyperparameters, *, stochastic_rounding: bool = False) -> str | None:
+def supports(bucket: Bucket, hyper: AdamHyperparameters) -> str | None:
     """None where `open_adamw` can step this bucket, else the reason in words."""
     if not bucket.params or bucket.params[0].numel() == 0:
         return "the bucket is empty"
     return (
-        _unsupported_option(bucket, hyper, stochastic_rounding)
-        or _unsupported_tensor(bucket)
-        or unavailable(bucket.params[0].device.type)
+        _unsupported_option(bucket, hyper) or _unsupported_tensor(bucket) or unavailable(bucket.params[0].device.type)
     )
 
 
-def _unsupported_option(bucket: Bucket, hyper: AdamHyperparameters, stochastic_rounding: bool) -> str | None:
+def _unsupported_option(bucket: Bucket, hyper: AdamHyperparameters) -> str | None:
     regression = hyper.regressor.regression
     if regression not in _STATES:
         return f"regression={regression!r}; the kernels follow 'subspace' and 'newton' only"
@@ -86,7 +84,7 @@ def _unsupported_option(bucket: Bucket, hyper: AdamHyperparameters, stochastic_r
         return f"residual_gain={hyper.residual_gain}; the kernels take back what it divides, from {_LEAST_GAIN} on"
     if max(_ranks(bucket)) > table.MAX_RANK:
         return f"rank {max(_ranks(bucket))}, above {table.MAX_RANK}"
-    if stochastic_rounding and bucket.params[0].dtype != torch.bfloat16:
+    if bucket.rounding is not None and bucket.params[0].dtype != torch.bfloat16:
         return f"stochastic rounding of {bucket.params[0].dtype}; it is for bfloat16"
     return None
 
@@ -124,18 +122,13 @@ def cohorts(buckets: Sequence[Bucket]) -> list[list[Bucket]]:
     for bucket in buckets:
         step = None if isinstance(bucket.step, torch.Tensor) else bucket.step
         dtypes = bucket.params[0].dtype, bucket.grads[0].dtype, bucket.state["m_B"][0].dtype
-        key = (bucket.params[0].device, _ranks(bucket), dtypes, step, bucket.maximize)
+        seed = None if bucket.rounding is None else bucket.rounding.seed
+        key = (bucket.params[0].device, _ranks(bucket), dtypes, step, bucket.maximize, seed)
         found.setdefault(key, []).append(bucket)
     return list(found.values())
 
 
-def open_adamw(
-    work: Sequence[tuple[Sequence[Bucket], AdamHyperparameters]],
-    layouts: Layouts,
-    *,
-    stochastic_rounding: bool = False,
-    seed: int = 0,
-) -> Opened:
+def open_adamw(work: Sequence[tuple[Sequence[Bucket], AdamHyperparameters]], layouts: Layouts) -> Opened:
     """Begin one step of LoRA-Pre Adam for some buckets, each list of them with its options.
 
     See `lorapre.backends.triton.opening.open_cohorts`, and `lorapre.backends.triton.adamw.SubspaceStep` and
@@ -147,10 +140,10 @@ def open_adamw(
     """
     for buckets, hyper in work:
         for bucket in buckets:
-            reason = supports(bucket, hyper, stochastic_rounding=stochastic_rounding)
+            reason = supports(bucket, hyper)
             if reason is not None:
                 raise ValueError(f"This bucket cannot be stepped by the Triton kernels: {reason}.")
     from lorapre.backends.triton.opening import Cohort, open_cohorts
 
     found = [Cohort(cohort, hyper) for buckets, hyper in work for cohort in cohorts(buckets)]
-    return open_cohorts(found, layouts, seed=seed if stochastic_rounding else None)
+    return open_cohorts(found, layouts)

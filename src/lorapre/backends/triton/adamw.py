@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lorapre import factors, subspace
+from lorapre.backends import rounding
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
 from lorapre.backends.triton import bases, cholesky, elements, kernels, table
@@ -43,18 +44,15 @@ class SubspaceStep(Step):
     are 5 more. With counters on the device the coefficients are some 20 operations on n numbers instead of one launch.
 
     Args:
-        buckets: matrices that `lorapre.backends.triton.supports`, of one device and rank, and of one dtype each of
-            weights, gradients and state. Their mask, if they have one, holds from the beginning.
+        buckets: matrices that `lorapre.backends.triton.supports`, of one device and rank, of one dtype each of
+            weights, gradients and state, and rounded with one seed. Their mask, if they have one, holds from the
+            beginning.
         hyper: the options.
         layouts: remembers addresses from step to step.
-        seed: of stochastic rounding (bfloat16 weights), 0 to 2^63 - 1; None rounds to nearest. What is drawn
-            depends on the seed, the step, the element, the shape, and the matrix's position in the bucket.
     """
 
-    def __init__(
-        self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts, seed: int | None
-    ) -> None:
-        super().__init__(buckets, hyper, layouts, seed)
+    def __init__(self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts) -> None:
+        super().__init__(buckets, hyper, layouts)
         self.buckets = buckets
         self.r = buckets[0].view.rank
         self.blocks = table.blocks(table.PROJECT, self.r, self.G_dtype.itemsize)
@@ -202,7 +200,7 @@ class SubspaceStep(Step):
                 BOUNDED=hyper.bounded,
                 CLIP=hyper.update_clipping,
                 STOCHASTIC=self.seed is not None,
-                ROUNDS=table.PHILOX_ROUNDS,
+                ROUNDS=rounding.ROUNDS,
                 X_IN_STATE=self.X_in_state,
                 L_IN_STATE=self.L_in_state,
                 W_ORDER=W_order,

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 #: Columns of the table of matrices (n, COLUMNS), int64: addresses of W, G, m_B, m_A, v_row and v_col; sizes; strides
 #: in numbers; where the matrix begins in scratch of a left factor (r, p up to a multiple of 16), a right one (r, q),
-#: rows (p) and columns (q) a matrix; its number in its bucket, and what tells buckets apart (both for stochastic
+#: rows (p) and columns (q) a matrix; its number in its parameter, and the parameter's stream (both for stochastic
 #: rounding alone).
 (W, G, B, A, V_ROW, V_COL, P, Q, W_ROW, W_COL, G_ROW, G_COL, LEFT, RIGHT, ROWS, COLS, NUMBER, STREAM) = range(18)
 COLUMNS = 18
@@ -135,7 +135,7 @@ class Layouts:
             )
             for bucket in buckets
         )
-        shapes = tuple((bucket.view, bucket.first, _places(bucket), _numels(bucket)) for bucket in buckets)
+        shapes = tuple((bucket.view, _streams(bucket), _places(bucket), _numels(bucket)) for bucket in buckets)
         device = buckets[0].params[0].device
         return self._kept(("matrices", device, shapes, addresses), device, lambda: _matrices(buckets, addresses))
 
@@ -168,6 +168,11 @@ def _numels(bucket: Bucket) -> tuple[int, ...]:
     return tuple(bucket.state[key][0].numel() // bucket.view.batch for key in state_of(bucket))
 
 
+def _streams(bucket: Bucket) -> tuple[int, ...]:
+    """Of stochastic rounding, one for each parameter; zeros where nothing is drawn."""
+    return (0,) * len(bucket.params) if bucket.rounding is None else bucket.rounding.streams
+
+
 def _places(bucket: Bucket) -> tuple[Place, Place]:
     places = place_of(bucket.params, bucket.view), place_of(bucket.grads, bucket.view)
     if places[0] is None or places[1] is None:
@@ -195,16 +200,13 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
             places[1].order(view, aligned[1] and all(aligned[2:])),
         )
         strides = [places[0].row, places[0].col, places[1].row, places[1].col]
-        number = bucket.first
-        for bases in zip(*lists, strict=True):
+        for *bases, stream in zip(*lists, _streams(bucket), strict=True):
             for i in range(view.batch):
                 where = [base + i * step for base, step in zip(bases, steps, strict=True)]
-                # Buckets number their matrices alike: the shape tells their streams apart.
-                stream = (p * 2_654_435_761 + q) % 2**31
-                rows.append([*where, p, q, *strides, left, right, above, before, number, stream])
+                rows.append([*where, p, q, *strides, left, right, above, before, i, stream])
                 kinds.append(kind)
                 left, right = left + r * lines(p), right + lines(r * q)
-                above, before, number = above + p, before + q, number + 1
+                above, before = above + p, before + q
     table = _sent(torch.tensor(rows, dtype=torch.int64), buckets[0].params[0].device)
     sides = tuple(row[P] for row in rows), tuple(row[Q] for row in rows)
     return Matrices(table, *sides, tuple(kinds), left, right)

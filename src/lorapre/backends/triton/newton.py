@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lorapre import factors
+from lorapre.backends import rounding
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
 from lorapre.backends.triton import newton_inverses, newton_kernels, newton_squares, table
@@ -17,7 +18,7 @@ from lorapre.backends.triton.layout import Layouts
 from lorapre.backends.triton.step import TYPES, Step, on_device_of, turns
 
 
-def step_buckets(buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts, *, seed: int | None) -> None:
+def step_buckets(buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts) -> None:
     """Two reads of G, one read and one write of W; besides them multiples of (p + q) r numbers a matrix.
 
     Launches, whatever the number of shapes: coefficients, Gram matrices, their inverses, pass 1, pass 2, the left
@@ -29,7 +30,7 @@ def step_buckets(buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts:
     """
     with on_device_of(buckets):
         for turn in turns(buckets, lambda one: table.newton_scratch_bytes(one.view, second_rank(one))):
-            _Step(turn, hyper, layouts, seed).run()
+            _Step(turn, hyper, layouts).run()
 
 
 def second_rank(bucket: Bucket) -> int:
@@ -40,10 +41,8 @@ def second_rank(bucket: Bucket) -> int:
 class _Step(Step):
     """One step of some buckets; the tensors between its kernels."""
 
-    def __init__(
-        self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts, seed: int | None
-    ) -> None:
-        super().__init__(buckets, hyper, layouts, seed)
+    def __init__(self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts) -> None:
+        super().__init__(buckets, hyper, layouts)
         self.ranks = buckets[0].view.rank, second_rank(buckets[0])
         self.S_type = TYPES[self.S_dtype]
         self.relative = hyper.regressor.damping_mode == "relative"
@@ -220,7 +219,7 @@ class _Step(Step):
                 RELATIVE=hyper.relative_eps,
                 BOUNDED=hyper.bounded,
                 STOCHASTIC=self.seed is not None,
-                ROUNDS=table.PHILOX_ROUNDS,
+                ROUNDS=rounding.ROUNDS,
                 W_ORDER=W_order,
                 G_ORDER=G_order,
                 PRECISION=self._precision,

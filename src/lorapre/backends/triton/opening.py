@@ -24,7 +24,7 @@ class Cohort:
     hyper: AdamHyperparameters
 
 
-def open_cohorts(cohorts: Sequence[Cohort], layouts: Layouts, *, seed: int | None) -> Opened:
+def open_cohorts(cohorts: Sequence[Cohort], layouts: Layouts) -> Opened:
     """Launch the first pass of as many matrices as `lorapre.backends.triton.table.scratch_limit` leaves room for.
 
     What has to wait for its turn, and what the paper's regression steps, is read for the first time by ``proceed``.
@@ -33,7 +33,6 @@ def open_cohorts(cohorts: Sequence[Cohort], layouts: Layouts, *, seed: int | Non
     Args:
         cohorts: of the whole optimizer step.
         layouts: remembers addresses from step to step.
-        seed: of stochastic rounding; None rounds to nearest.
     """
     room = table.scratch_limit(
         sum(
@@ -48,12 +47,12 @@ def open_cohorts(cohorts: Sequence[Cohort], layouts: Layouts, *, seed: int | Non
     later = []
 
     def by_turn(buckets: Sequence[Bucket], hyper: AdamHyperparameters) -> None:
-        step = SubspaceStep(buckets, hyper, layouts, seed)
+        step = SubspaceStep(buckets, hyper, layouts)
         step.read()
         step.proceed(None)  # the mask is the buckets' own
 
     def by_newton(buckets: Sequence[Bucket], hyper: AdamHyperparameters) -> None:
-        newton.step_buckets(buckets, hyper, layouts, seed=seed)
+        newton.step_buckets(buckets, hyper, layouts)
 
     for cohort in cohorts:
         if cohort.hyper.regressor.regression == "newton":
@@ -61,7 +60,7 @@ def open_cohorts(cohorts: Sequence[Cohort], layouts: Layouts, *, seed: int | Non
             continue
         for place, (turn, scratch) in enumerate(turns_of(cohort.buckets)):
             if place == 0 and (scratch <= room or not begun):
-                begun.append(SubspaceStep(turn, cohort.hyper, layouts, seed))
+                begun.append(SubspaceStep(turn, cohort.hyper, layouts))
                 begun[-1].read()
                 room -= scratch
             else:

@@ -57,25 +57,23 @@ def _part(bucket: Bucket, start: int, stop: int) -> Bucket:
         grads=bucket.grads[part],
         state={key: tensors[part] for key, tensors in bucket.state.items()},
         step=bucket.step[part] if isinstance(bucket.step, Tensor) else bucket.step,
-        first=bucket.first + start * bucket.view.batch,
+        rounding=None if bucket.rounding is None else bucket.rounding.part(part),
     )
 
 
 class Step:
-    """One step of some buckets, of one device, one rank and one dtype each of weights, gradients and state.
+    """One step of some buckets, of one device, one rank, one dtype each of weights, gradients and state, one rounding.
 
     Args:
         buckets: the matrices.
         hyper: the options.
         layouts: remembers addresses from step to step.
-        seed: of stochastic rounding; None rounds to nearest.
     """
 
-    def __init__(
-        self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts, seed: int | None
-    ) -> None:
+    def __init__(self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts) -> None:
         first = buckets[0]
-        self.hyper, self.layouts, self.seed = hyper, layouts, seed
+        self.hyper, self.layouts = hyper, layouts
+        self.seed = None if first.rounding is None else first.rounding.seed  # None rounds to nearest
         self.device, self.maximize = first.params[0].device, first.maximize
         self.W_dtype, self.G_dtype = first.params[0].dtype, first.grads[0].dtype
         self.S_dtype = first.state["m_B"][0].dtype

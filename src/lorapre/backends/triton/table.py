@@ -35,9 +35,6 @@ NEWTON_PRECISION: dict[str, str] = {"newton": "tf32", "newton_bf16": "bf16x2", "
 #: Whether bfloat16 gradients are multiplied as they are, by factors rounded to bfloat16, instead of as float32.
 BF16_DOT = False
 
-#: Rounds of Philox behind stochastic rounding; 7 are the fewest that pass BigCrush (Salmon and others, SC 2011).
-PHILOX_ROUNDS = 7
-
 #: Numbers that one program of an element-wise kernel takes.
 ELEMENTS = 2048
 

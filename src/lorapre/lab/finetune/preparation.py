@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from lorapre.lab.config import PretrainConfig
@@ -30,7 +31,7 @@ from lorapre.lab.optimizers import check_options, check_rank_compresses
 
 @dataclass(frozen=True)
 class Plan:
-    """A configuration that has been checked as far as possible without data; ``meta`` has shapes alone."""
+    """A configuration that has been checked as far as possible without data; ``meta`` has shapes and dtypes alone."""
 
     config: FinetuneConfig
     method: Method
@@ -71,7 +72,7 @@ def plan_run(config: FinetuneConfig, processes: int = 1, *, dry: bool = False) -
             f"{processes} process(es) equal parts. Give a multiple of {pieces}."
         )
     base = find_base(config, dry=dry)
-    meta = add_adapter(base.on_meta(), config, method)
+    meta = _as_trained(add_adapter(base.on_meta(), config, method), config, method)
     shared = recipe(config, method.optimizer, config.steps or 1, save_every=None)
     found = compression(meta, config, method)
     warnings = []
@@ -80,16 +81,27 @@ def plan_run(config: FinetuneConfig, processes: int = 1, *, dry: bool = False) -
             check_rank_compresses(meta, shared)
         elif warning := compression_warning(found, config):
             warnings.append(warning)
-    if config.dtype == "bfloat16" and adapter_kind(config, method) is None:
-        warnings.append(
-            "--dtype bfloat16: weights of 8 bits lose updates below about 1/500 of themselves, which at the usual "
-            "rates are many. Train float32 weights with --bf16, or an adapter."
-        )
     if method.adapter is not None and config.options:
         raise UserError(f"--set: --method {method.name} takes no options. Leave them out.")
     options = {} if method.adapter is not None else check_options(method.entry, meta, shared)
+    if config.dtype == "bfloat16" and adapter_kind(config, method) is None and not options.get("stochastic_rounding"):
+        offered = "stochastic_rounding" in method.entry.options
+        warnings.append(
+            "--dtype bfloat16: weights of 8 bits lose updates below about 1/500 of themselves, which at the usual "
+            "rates are many. Train float32 weights with --bf16, or an adapter"
+            f"{', or round by chance: --set stochastic_rounding=true' if offered else ''}."
+        )
     config = config.model_copy(update={"options": options})
     return Plan(config, method, base, meta, found, config.batch_size // pieces, tuple(warnings))
+
+
+def _as_trained(model: nn.Module, config: FinetuneConfig, method: Method) -> nn.Module:
+    """``model``, on the meta device, in the dtype of ``config``; adapters are float32 in any."""
+    adapted = adapter_kind(config, method) is not None
+    for param in model.parameters():
+        if not (adapted and param.requires_grad):
+            param.data = param.data.to(getattr(torch, config.dtype))
+    return model
 
 
 def planned_recipe(plan: Plan, steps: int) -> PretrainConfig:

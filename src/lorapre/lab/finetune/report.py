@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -95,14 +94,8 @@ def _amount(plan: Plan) -> tuple[str, int | None, tuple[str, ...]]:
 
 
 def _memory(plan: Plan, steps: int) -> TrainingMemory:
-    """Of training the plan's model in its dtype; adapters are float32 in any."""
-    model, dtype = plan.meta, getattr(torch, plan.config.dtype)
-    adapted = adapter_kind(plan.config, plan.method) is not None
-    for param in model.parameters():
-        if not (adapted and param.requires_grad):
-            param.data = param.data.to(dtype)
-    memory = training_memory(planned_recipe(plan, steps), plan.method.entry, model)
-    return memory if plan.method.state is None else replace(memory, state=plan.method.state(model))
+    memory = training_memory(planned_recipe(plan, steps), plan.method.entry, plan.meta)
+    return memory if plan.method.state is None else replace(memory, state=plan.method.state(plan.meta))
 
 
 def print_summary(summary: dict[str, Any], out: Path, console: Console) -> None:

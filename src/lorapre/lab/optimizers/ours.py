@@ -30,6 +30,8 @@ def _lorapre(
         groups = factored_groups(model, config, dense_lr, options)
         keywords = {**(preset or {}), "lr": lr, "weight_decay": config.weight_decay, "seed": config.seed}
         if issubclass(kind, DenseAdamW):
+            # What bfloat16 loses it loses in embeddings and norms, too.
+            keywords |= {name: group[name] for group in groups for name in ("stochastic_rounding",) if name in group}
             return kind, {**keywords, "params": groups, "betas": (config.beta1, config.beta2)}
         matrices = [group for group in groups if group.get("compress", True)]
         return beside_adamw((partial(kind, **keywords), matrices), _rest(groups), config, dense_lr)
