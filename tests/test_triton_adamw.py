@@ -31,6 +31,8 @@ class Case:
 
 
 PAIR: tuple[Shape, ...] = ((17, 33), (17, 33))
+FULL: dict[str, Any] = {"second_moment": "full"}
+CLIPPED: dict[str, Any] = {**FULL, "update_clipping": True, "eps": 0.1}
 CASES = [
     Case("tall", ((130, 70),), rank=20),
     Case("wide", ((40, 150),), rank=8),
@@ -62,6 +64,16 @@ CASES = [
     Case("unbounded", PAIR, options={"bounded": False}),
     Case("betas", PAIR, options={"betas": (0.5, 0.999)}),
     Case("no memory in m", PAIR, options={"betas": (0.0, 0.9)}),
+    Case("full v", ((17, 33), (40, 20)), options=FULL),
+    Case("full v, clipped", PAIR, options={**FULL, "update_clipping": True, "residual_gain": 4.0}),
+    Case("full v, clipped, unbounded", PAIR, options={**FULL, "update_clipping": True, "bounded": False}),
+    Case("full v, absolute eps", PAIR, options={**FULL, "eps_mode": "absolute", "eps": 1e-2}),
+    Case("full v, large relative eps", PAIR, options={**FULL, "eps": 0.3, "betas": (0.5, 0.9)}, steps=3),
+    Case("full v of stacks on the device", ((3, 17, 33),), options={**FULL, "capturable": True}),
+    Case("full v of convolutions", ((12, 5, 3, 3),), options={**FULL, "maximize": True}),
+    Case("full v of transposed weights", ((32, 48),), options=CLIPPED, transposed_weights=True),
+    Case("full v, transposed gradients", ((32, 48),), options=CLIPPED, transposed_grads=True),
+    Case("full v, gradients missing", PAIR, options=CLIPPED, steps=3, missing=frozenset({(0, 0), (1, 2)})),
     Case("skipping", PAIR, options={"nonfinite": "skip"}),
     Case("gradients missing", PAIR, steps=3, missing=frozenset({(0, 0), (1, 2)})),
     Case(
@@ -122,6 +134,7 @@ def test_the_step_is_that_of_the_formulas(case: Case, device: torch.device) -> N
         Case("tall", ((100, 70),), rank=37),
         Case("wide", ((40, 101), (40, 101)), rank=16, options={"capturable": True}),
         Case("transposed", ((70, 50),), rank=20, transposed_weights=True, transposed_grads=True),
+        Case("full v", ((70, 50),), rank=37, options=CLIPPED, transposed_weights=True),
     ],
     ids=lambda case: case.name,
 )
@@ -134,10 +147,11 @@ def test_ranks_above_the_largest_block_are_taken_in_parts(device: torch.device) 
     run_beside_the_reference(Case("", ((rank + 5, rank + 9),), rank=rank, steps=1), torch.float32, device, 1e-5)
 
 
+@pytest.mark.parametrize("second_moment", ["rank1", "full"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_weights_are_rounded_to_nearest(dtype: torch.dtype, device: torch.device) -> None:
+def test_narrow_weights_are_rounded_to_nearest(dtype: torch.dtype, second_moment: str, device: torch.device) -> None:
     shape = (40, 50)
-    optimizer, _ = both((shape,), dtype, device, weight_decay=0.5)
+    optimizer, _ = both((shape,), dtype, device, weight_decay=0.5, second_moment=second_moment)
     (param,) = params_of(optimizer)
     run = ReferenceRun(optimizer, param, optimizer.param_groups[0])
     for grad in gradients(shape, 3):
@@ -152,7 +166,8 @@ def test_narrow_weights_are_rounded_to_nearest(dtype: torch.dtype, device: torch
             (found.double() - run.weight()).abs() <= 0.5001 * torch.finfo(dtype).eps * exact.abs()
         ).float().mean() > 0.99
     run.check(optimizer, param, torch.finfo(dtype).eps)
-    assert_close(optimizer.state[param]["v_row"], run.states[0].v_row, 1e-6)
+    v, expected = ("exp_avg_sq", run.states[0].v) if second_moment == "full" else ("v_row", run.states[0].v_row)
+    assert_close(optimizer.state[param][v], expected, 1e-6)
     assert optimizer.state[param]["m_B"].dtype == torch.float32
 
 
@@ -174,22 +189,30 @@ def test_float32_weights_take_bfloat16_gradients(device: torch.device) -> None:
     assert_close(params_of(optimizer)[0], params_of(expected)[0], 1e-6)
 
 
-def test_a_bfloat16_state_is_rounded_to_nearest(device: torch.device) -> None:
-    optimizer, expected = both(((24, 30),), torch.float32, device, state_dtype=torch.bfloat16)
+@pytest.mark.parametrize(("second_moment", "kept"), [("rank1", ("v_row", "v_col")), ("full", ("exp_avg_sq",))])
+def test_a_bfloat16_state_is_rounded_to_nearest(
+    second_moment: str, kept: tuple[str, ...], device: torch.device
+) -> None:
+    options = {"state_dtype": torch.bfloat16, "second_moment": second_moment}
+    optimizer, expected = both(((24, 30),), torch.float32, device, **options)
     grad = next(gradients((24, 30), 1)).float()
     for each in (optimizer, expected):
         set_grads(params_of(each), [grad])
         each.step()
     ours, theirs = (each.state[params_of(each)[0]] for each in (optimizer, expected))
-    for key in ("v_row", "v_col", "m_A", "m_B"):
+    for key in (*kept, "m_A", "m_B"):
         assert ours[key].dtype == torch.bfloat16
         assert (ours[key] != theirs[key]).float().mean() < 0.02, key
         assert_close(ours[key], theirs[key], 1e-3, key)
 
 
+@pytest.mark.parametrize("second_moment", ["rank1", "full"])
 @pytest.mark.parametrize("capturable", [False, True])
-def test_nothing_changes_where_the_step_is_not_enabled(capturable: bool, device: torch.device) -> None:
-    optimizer, _ = both(PAIR, torch.float32, device, capturable=capturable, nonfinite="skip", weight_decay=0.5)
+def test_nothing_changes_where_the_step_is_not_enabled(
+    capturable: bool, second_moment: str, device: torch.device
+) -> None:
+    options = {"nonfinite": "skip", "weight_decay": 0.5, "update_clipping": True, "second_moment": second_moment}
+    optimizer, _ = both(PAIR, torch.float32, device, capturable=capturable, **options)
     set_grads(params_of(optimizer), [next(gradients(shape, 1, seed=i)) for i, shape in enumerate(PAIR)])
     optimizer.step()
     before = snapshot(optimizer)
@@ -200,8 +223,9 @@ def test_nothing_changes_where_the_step_is_not_enabled(capturable: bool, device:
     assert_same_bits(snapshot(optimizer), before)
 
 
-def test_zero_gradients_leave_a_fresh_matrix_where_it_is(device: torch.device) -> None:
-    optimizer, _ = both(((17, 33),), torch.float32, device)
+@pytest.mark.parametrize("second_moment", ["rank1", "full"])
+def test_zero_gradients_leave_a_fresh_matrix_where_it_is(second_moment: str, device: torch.device) -> None:
+    optimizer, _ = both(((17, 33),), torch.float32, device, second_moment=second_moment, update_clipping=True)
     (param,) = params_of(optimizer)
     before = param.detach().clone()
     param.grad = torch.zeros_like(param)
@@ -211,14 +235,19 @@ def test_zero_gradients_leave_a_fresh_matrix_where_it_is(device: torch.device) -
         assert value.isfinite().all(), key
 
 
-@pytest.mark.parametrize("eps_mode", ["relative", "absolute"])
-def test_the_update_is_bounded_and_columns_without_gradients_stand_still(eps_mode: str, device: torch.device) -> None:
+@pytest.mark.parametrize(
+    ("eps_mode", "second_moment"), [("relative", "rank1"), ("absolute", "rank1"), ("relative", "full")]
+)
+def test_the_update_is_bounded_and_columns_without_gradients_stand_still(
+    eps_mode: str, second_moment: str, device: torch.device
+) -> None:
     shape = (17, 33)
     hardly = torch.ones(33, dtype=torch.float64)
     hardly[3:6], hardly[6:9] = 0.0, 1e-7  # features that are never active, and hardly ever
 
     def trained(**options: Any) -> list[Tensor]:
-        both_ways = both((shape,), torch.float32, device, eps_mode=eps_mode, rank=8, **options)
+        options |= {"eps_mode": eps_mode, "second_moment": second_moment}
+        both_ways = both((shape,), torch.float32, device, rank=8, **options)
         for optimizer in both_ways:
             for grad in gradients(shape, 5):
                 set_grads(params_of(optimizer), [(grad * hardly).float()])
@@ -249,8 +278,11 @@ def test_a_rerun_gives_the_same_bits(device: torch.device) -> None:
     assert_same_bits(*results)
 
 
+@pytest.mark.parametrize("second_moment", ["rank1", "full"])
 @pytest.mark.parametrize("across", [False, True], ids=["rows", "columns"])
-def test_a_part_of_a_wider_matrix_is_stepped_and_nothing_beside_it(across: bool, device: torch.device) -> None:
+def test_a_part_of_a_wider_matrix_is_stepped_and_nothing_beside_it(
+    across: bool, second_moment: str, device: torch.device
+) -> None:
     # 20 numbers from row to row: 16 bytes are a divisor, the 8 numbers that the kernels round to are none
     steps = []
     for kind in (TritonAdamW, EagerAdamW):
@@ -258,7 +290,7 @@ def test_a_part_of_a_wider_matrix_is_stepped_and_nothing_beside_it(across: bool,
         part = wide[:, :16].mT if across else wide[:, :16]
         param = nn.Parameter(part)
         assert param.data_ptr() == wide.data_ptr()
-        optimizer = kind([param], rank=4, **OPTIONS)
+        optimizer = kind([param], rank=4, **{**OPTIONS, "second_moment": second_moment})
         before = wide.clone()
         param.grad = next(gradients(tuple(param.shape), 1)).to(device, torch.float32)
         optimizer.step()

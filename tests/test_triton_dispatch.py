@@ -47,11 +47,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return made
 
 
-def test_the_kernels_give_what_batched_torch_gives(device: torch.device, calls: list[str]) -> None:
-    by_kernels = trained(device, backend="triton")
+@pytest.mark.parametrize("second_moment", ["rank1", "full"])
+def test_the_kernels_give_what_batched_torch_gives(second_moment: str, device: torch.device, calls: list[str]) -> None:
+    by_kernels = trained(device, backend="triton", second_moment=second_moment)
     assert set(calls) == {"triton"}
     calls.clear()
-    in_torch = trained(device, backend="eager")
+    in_torch = trained(device, backend="eager", second_moment=second_moment)
     assert set(calls) == {"eager"}
     for (weight, state), (other, its_state) in zip(snapshot(by_kernels), snapshot(in_torch), strict=True):
         assert_close(weight, other, 1e-4)

@@ -26,7 +26,10 @@ _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_OFFSET = 2**31 - 2**24
 
 #: What is kept of a matrix, by the regression.
-_STATES = {"subspace": ["m_A", "m_B", "v_col", "v_row"], "newton": ["m_A", "m_B", "v_A", "v_B"]}
+_STATES = {
+    "subspace": (["m_A", "m_B", "v_col", "v_row"], ["exp_avg_sq", "m_A", "m_B"]),
+    "newton": (["m_A", "m_B", "v_A", "v_B"],),
+}
 
 #: Of the residual: m_B is found again from what took its place, divided by it (`elements.carry`).
 _LEAST_GAIN = 1e-3
@@ -70,8 +73,8 @@ def _unsupported_option(bucket: Bucket, hyper: AdamHyperparameters) -> str | Non
     regression = hyper.regressor.regression
     if regression not in _STATES:
         return f"regression={regression!r}; the kernels follow 'subspace' and 'newton' only"
-    if sorted(bucket.state) != _STATES[regression]:
-        kept = "v in rank 1" if regression == "subspace" else "v as a square of factors"
+    if sorted(bucket.state) not in _STATES[regression]:
+        kept = "v in rank 1 or in full" if regression == "subspace" else "v as a square of factors"
         return (
             f"the state {', '.join(sorted(bucket.state))}; with regression={regression!r} the kernels keep m in "
             f"factors and {kept} only"
@@ -99,10 +102,14 @@ def _unsupported_tensor(bucket: Bucket) -> str | None:
             return f"{what} of several dtypes or devices"
     if len({tensors[0].dtype for tensors in bucket.state.values()}) > 1:
         return "a state of several dtypes"
-    if any(not tensor.is_contiguous() for tensors in bucket.state.values() for tensor in tensors):
-        return "a state that is not contiguous"
+    matrices = {"weights": params, "gradients": grads}
+    for key, tensors in bucket.state.items():
+        if key == "exp_avg_sq":  # it has the weights' strides
+            matrices["second moments"] = tensors
+        elif any(not tensor.is_contiguous() for tensor in tensors):
+            return "a state that is not contiguous"
     view = bucket.view
-    for what, tensors in (("weights", params), ("gradients", grads)):
+    for what, tensors in matrices.items():
         place = place_of(tensors, view)
         if place is None:
             return f"{what} whose strides differ, or are not those of {view.p} x {view.q} matrices"
@@ -123,7 +130,8 @@ def cohorts(buckets: Sequence[Bucket]) -> list[list[Bucket]]:
         step = None if isinstance(bucket.step, torch.Tensor) else bucket.step
         dtypes = bucket.params[0].dtype, bucket.grads[0].dtype, bucket.state["m_B"][0].dtype
         seed = None if bucket.rounding is None else bucket.rounding.seed
-        key = (bucket.params[0].device, _ranks(bucket), dtypes, step, bucket.maximize, seed)
+        kept = tuple(sorted(bucket.state))
+        key = (bucket.params[0].device, _ranks(bucket), dtypes, step, bucket.maximize, seed, kept)
         found.setdefault(key, []).append(bucket)
     return list(found.values())
 

@@ -35,13 +35,15 @@ def turns_of(buckets: Sequence[Bucket]) -> Iterator[tuple[list[Bucket], int]]:
 class SubspaceStep(Step):
     """One step of some buckets; the tensors between its kernels.
 
-    Two reads of G, one read and one write of W; besides them multiples of (p + q) r numbers a matrix. Until `proceed`
+    Two reads of G, one read and one write of W; besides them multiples of (p + q) r numbers a matrix. A second moment
+    in full takes one more read and write of v, and, with clipping or a relative eps, one more read. Until `proceed`
     no weight and no state changes: whether G is finite is known when `read` has gone through it.
 
     Launches, whatever the number of shapes: coefficients, pass 1, its sums, 7 for the left basis, what it carries over,
     pass 2, 6 for the right basis, the new state: 19; one more where a mask arrives after the first pass. The two passes
-    are launched once for each order of the numbers of W and G. Beyond `lorapre.backends.triton.table.FUSED_RANK` there
-    are 5 more. With counters on the device the coefficients are some 20 operations on n numbers instead of one launch.
+    are launched once for each order of the numbers of W, G and v. Beyond `lorapre.backends.triton.table.FUSED_RANK`
+    there are 5 more. With counters on the device the coefficients are some 20 operations on n numbers instead of one
+    launch.
 
     Args:
         buckets: matrices that `lorapre.backends.triton.supports`, of one device and rank, of one dtype each of
@@ -55,6 +57,7 @@ class SubspaceStep(Step):
         super().__init__(buckets, hyper, layouts)
         self.buckets = buckets
         self.r = buckets[0].view.rank
+        self.full = "exp_avg_sq" in buckets[0].state
         self.blocks = table.blocks(table.PROJECT, self.r, self.G_dtype.itemsize)
         self.update_blocks = table.blocks(table.UPDATE, self.r, max(self.G_dtype.itemsize, self.W_dtype.itemsize))
         # m_B's place takes X, and m_A's takes L, where they can: nobody else needs them any more.
@@ -108,7 +111,7 @@ class SubspaceStep(Step):
 
     def _project(self) -> None:
         block, hyper = self.blocks, self.hyper
-        for (_, order), work in self._kinds(self.matrices.p, block.rows):
+        for (_, order, V_order), work in self._kinds(self.matrices.p, block.rows):
             kernels.project[(work.programs * self.project_parts,)](
                 self.matrices.table,
                 work.items,
@@ -128,7 +131,9 @@ class SubspaceStep(Step):
                 BLOCK_Q=block.cols,
                 NEGATE=self.maximize,
                 CLIP=hyper.update_clipping,
+                FULL=self.full and (hyper.update_clipping or hyper.relative_eps),  # else nobody asks for v here
                 ORDER=order,
+                V_ORDER=V_order,
                 BF16=self._narrow,
                 PRECISION=table.PRECISION["project"],
                 **table.launch(block),
@@ -171,7 +176,7 @@ class SubspaceStep(Step):
     def _update(self, C: Tensor) -> None:
         block, hyper = self.update_blocks, self.hyper
         ranks = math.ceil(self.r / block.rank)
-        for (W_order, G_order), work in self._kinds(self.matrices.q, block.cols):
+        for (W_order, G_order, V_order), work in self._kinds(self.matrices.q, block.cols):
             kernels.update[(work.programs * ranks,)](
                 self.matrices.table,
                 work.items,
@@ -180,6 +185,7 @@ class SubspaceStep(Step):
                 self.X,
                 self.L,
                 C,
+                self.row_sums,
                 self.squares,
                 self.surprises,
                 self.sizes,
@@ -199,12 +205,14 @@ class SubspaceStep(Step):
                 RELATIVE=hyper.relative_eps,
                 BOUNDED=hyper.bounded,
                 CLIP=hyper.update_clipping,
+                FULL=self.full,
                 STOCHASTIC=self.seed is not None,
                 ROUNDS=rounding.ROUNDS,
                 X_IN_STATE=self.X_in_state,
                 L_IN_STATE=self.L_in_state,
                 W_ORDER=W_order,
                 G_ORDER=G_order,
+                V_ORDER=V_order,
                 BF16=self._narrow,
                 MOMENTUM_PRECISION=table.PRECISION["momentum"],
                 LEFT_PRECISION=table.PRECISION["left"],
@@ -233,6 +241,7 @@ class SubspaceStep(Step):
             OUT=block.cols,
             INNER=block.rank,
             L_IN_STATE=self.L_in_state,
+            V_ROWS=not self.full,
             PRECISION=table.PRECISION["bases"],
             **table.launch(block),
         )

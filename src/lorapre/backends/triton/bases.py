@@ -251,9 +251,10 @@ def finish(
     OUT: tl.constexpr,
     INNER: tl.constexpr,
     L_IN_STATE: tl.constexpr,
+    V_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The new state, where the step is enabled: m_A from L^T T, m_B = U R^T with R of L's basis, v_row."""
+    """The new state, where the step is enabled: m_A from L^T T, m_B = U R^T with R of L's basis, v_row if V_ROWS."""
     pid = tl.program_id(0)
     left = pid >= right_programs
     item = tl.where(left, left_items + (pid - right_programs) * 2, right_items + pid * 2)
@@ -294,8 +295,9 @@ def finish(
             tl.store(target + (rows[:, None] * R + out[None, :]), new, mask=inside[:, None] & (out < R)[None, :])
         else:
             tl.store(target + (rows[:, None] + out[None, :] * q), new, mask=inside[:, None] & (out < R)[None, :])
-    base = base_of(matrices, matrix, V_ROW, S_TYPE)
-    inside = rows < tl.where(left, p * on, 0)
-    old = tl.load(base + rows, mask=inside, other=0.0).to(tl.float32)
-    now = tl.load(row_sums + field(matrices, matrix, ROWS) + rows, mask=inside, other=0.0) / q
-    tl.store(base + rows, nearest(old + (1.0 - beta2) * (now - old), S_TYPE), mask=inside)
+    if V_ROWS:
+        base = base_of(matrices, matrix, V_ROW, S_TYPE)
+        inside = rows < tl.where(left, p * on, 0)
+        old = tl.load(base + rows, mask=inside, other=0.0).to(tl.float32)
+        now = tl.load(row_sums + field(matrices, matrix, ROWS) + rows, mask=inside, other=0.0) / q
+        tl.store(base + rows, nearest(old + (1.0 - beta2) * (now - old), S_TYPE), mask=inside)

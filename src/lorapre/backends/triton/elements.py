@@ -45,6 +45,8 @@ ROWS = tl.constexpr(layout.ROWS)
 COLS = tl.constexpr(layout.COLS)
 NUMBER = tl.constexpr(layout.NUMBER)
 STREAM = tl.constexpr(layout.STREAM)
+FULL_ROW = tl.constexpr(layout.FULL_ROW)
+FULL_COL = tl.constexpr(layout.FULL_COL)
 _FIELDS = tl.constexpr(layout.COLUMNS)
 
 ROWS_ALIGNED = tl.constexpr(layout.ROWS_ALIGNED)

@@ -16,6 +16,8 @@ import triton.language as tl
 from lorapre.backends.triton.elements import (
     COLUMNS_ALIGNED,
     DECAY,
+    FULL_COL,
+    FULL_ROW,
     G_COL,
     G_ROW,
     LEFT,
@@ -79,14 +81,16 @@ def project(
     BLOCK_Q: tl.constexpr,
     NEGATE: tl.constexpr,
     CLIP: tl.constexpr,
+    FULL: tl.constexpr,
     ORDER: tl.constexpr,
+    V_ORDER: tl.constexpr,
     BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Pass 1 over G, a program a block of rows: G A^T to ``U``. It changes no state: G may turn out not to be finite.
 
     Besides ``row_sums`` of G^2, and in ``parts`` the sums of G^2 and of G^2 / v_hat and the largest |K| of the block,
-    K = decay B + gain G A^T.
+    K = decay B + gain G A^T. FULL: v lies in full where v_row's address says, and ``row_sums`` are of the old v.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     ALIGNED: tl.constexpr = (ORDER == ROWS_ALIGNED) | (ORDER == COLUMNS_ALIGNED)
@@ -105,12 +109,18 @@ def project(
     base = base_of(matrices, matrix, G, G_TYPE, ALIGNED)
     A_base = base_of(matrices, matrix, A, S_TYPE, ALIGNED)
     B_base = base_of(matrices, matrix, B, S_TYPE, ALIGNED)
-    if CLIP:
+    v_scale = tl.load(row + V_SCALE)
+    if FULL:
+        V_base = base_of(matrices, matrix, V_ROW, S_TYPE, (V_ORDER == ROWS_ALIGNED) | (V_ORDER == COLUMNS_ALIGNED))
+        V_row_stride = size_of(matrices, matrix, FULL_ROW)
+        V_col_stride = size_of(matrices, matrix, FULL_COL)
+        V_live = p * (r_block == 0).to(tl.int32)  # the others' sums are not read
+        V_sums = tl.zeros((BLOCK_P,), tl.float32)
+    elif CLIP:
         row_base = base_of(matrices, matrix, V_ROW, S_TYPE)
         col_base = base_of(matrices, matrix, V_COL, S_TYPE, ALIGNED)
         mean = mean_of(row_base, p, 512)
         mean = tl.where(mean > 0, mean, 1.0)
-        v_scale = tl.load(row + V_SCALE)
         fresh = (1.0 - beta2) * v_scale
         v_row = tl.load(row_base + rows, mask=rows < p, other=0.0).to(tl.float32) / mean * (beta2 * v_scale)
 
@@ -135,9 +145,19 @@ def project(
             total = tl.dot(wide, tl.trans(a), total, input_precision=PRECISION)
         square = wide * wide
         squares += square
+        if FULL:
+            v = tl.load(
+                tile_of(V_base, rows, cols, V_row_stride, V_col_stride, V_ORDER),
+                mask=(rows < V_live)[:, None] & (cols < q)[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            V_sums += tl.sum(v, axis=1)
         if CLIP:
-            v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
-            v_hat = v_row[:, None] * v_col[None, :] + fresh * square
+            if FULL:
+                v_hat = (beta2 * v + (1.0 - beta2) * square) * v_scale
+            else:
+                v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
+                v_hat = v_row[:, None] * v_col[None, :] + fresh * square
             ratio = wide * tl.rsqrt(tl.where(v_hat > 0, v_hat, 1.0))
             surprise += tl.where(v_hat > 0, ratio * ratio, 0.0)
     b = tl.load(
@@ -152,7 +172,8 @@ def project(
         mask=(rows < column)[:, None] & (ranks < R)[None, :],
     )
     first_of_ranks = (r_block == 0).to(tl.int32)
-    tl.store(row_sums + field(matrices, matrix, ROWS) + rows, tl.sum(squares, axis=1), mask=rows < p * first_of_ranks)
+    sums = V_sums if FULL else tl.sum(squares, axis=1)
+    tl.store(row_sums + field(matrices, matrix, ROWS) + rows, sums, mask=rows < p * first_of_ranks)
     part = parts + ((tl.load(starts + matrix) + tile).to(tl.int64) * R_BLOCKS + r_block) * PART
     tl.store(part, tl.sum(squares))
     tl.store(part + 1, tl.sum(surprise))
@@ -168,6 +189,7 @@ def update(
     X,
     L,
     C,
+    row_sums,
     sums,
     surprises,
     sizes,
@@ -187,17 +209,19 @@ def update(
     RELATIVE: tl.constexpr,
     BOUNDED: tl.constexpr,
     CLIP: tl.constexpr,
+    FULL: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ROUNDS: tl.constexpr,
     X_IN_STATE: tl.constexpr,
     L_IN_STATE: tl.constexpr,
     W_ORDER: tl.constexpr,
     G_ORDER: tl.constexpr,
+    V_ORDER: tl.constexpr,
     BF16: tl.constexpr,
     MOMENTUM_PRECISION: tl.constexpr,
     LEFT_PRECISION: tl.constexpr,
 ):
-    """Pass 2 over G, a program a block of columns: W in place, L = C A + gain U^T G, and v_col one step on.
+    """Pass 2 over G, a program a block of columns: W in place, L = C A + gain U^T G, and v_col one step on (FULL: v).
 
     Of the programs of one block, one for each rank block, the first updates W. ``sums`` and ``surprises`` are from
     `lorapre.backends.triton.elements.totals`; ``sizes`` (n) becomes the size of a row of L, at most, by which L is
@@ -229,25 +253,33 @@ def update(
     decay = tl.load(row + DECAY)
     W_base = base_of(matrices, matrix, W, W_TYPE, (W_ORDER == ROWS_ALIGNED) | (W_ORDER == COLUMNS_ALIGNED))
     G_base = base_of(matrices, matrix, G, G_TYPE, ALIGNED)
-    v_row = base_of(matrices, matrix, V_ROW, S_TYPE)
-    col_base = base_of(matrices, matrix, V_COL, S_TYPE, ALIGNED)
-    v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
-    mean = mean_of(v_row, p, 512)
+    if FULL:
+        V_base = base_of(matrices, matrix, V_ROW, S_TYPE, (V_ORDER == ROWS_ALIGNED) | (V_ORDER == COLUMNS_ALIGNED))
+        V_row_stride = size_of(matrices, matrix, FULL_ROW)
+        V_col_stride = size_of(matrices, matrix, FULL_COL)
+        if RELATIVE:
+            mean = mean_of(row_sums + field(matrices, matrix, ROWS), p, 512) / q
+    else:
+        v_row = base_of(matrices, matrix, V_ROW, S_TYPE)
+        col_base = base_of(matrices, matrix, V_COL, S_TYPE, ALIGNED)
+        v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
+        mean = mean_of(v_row, p, 512)
     squared = tl.load(sums + matrix)
     numel = p.to(tl.float32) * q.to(tl.float32)
     if RELATIVE:
-        # The mean of v_hat: its rank-1 part has the mean of the old row means, whatever the columns are.
+        # The mean of v_hat: its rank-1 part has the mean of the old row means, whatever the columns are, or the old v.
         eps = eps * tl.sqrt((beta2 * mean + (1.0 - beta2) * (squared / numel)) * v_scale)
     if CLIP:
         surprise = tl.sqrt(tl.load(surprises + matrix) / numel)
         rate = rate / tl.maximum(surprise, 1.0)
-    mean = tl.where(mean > 0, mean, 1.0)
     A_base = base_of(matrices, matrix, A, S_TYPE, ALIGNED)
     X_base = place_in(X, matrices, matrix, LEFT, B, X_IN_STATE, ALIGNED)
     U_base = U + field(matrices, matrix, LEFT) // 16 * 16
     U_column = lines_of(p)
-    fresh = (1.0 - beta2) * v_scale
-    old = beta2 * v_scale / mean
+    if not FULL:
+        mean = tl.where(mean > 0, mean, 1.0)
+        fresh = (1.0 - beta2) * v_scale
+        old = beta2 * v_scale / mean
 
     if R_BLOCKS == 1:  # the loop below stores, so that the compiler would read it again in every turn
         basis = tl.load(
@@ -257,11 +289,19 @@ def update(
         ).to(tl.float32)
 
     left = tl.zeros((BLOCK_Q, BLOCK_R), tl.float32)
-    squares = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
+    if not FULL:
+        squares = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
     first = tl.arange(0, BLOCK_P)
     # W is asked for one turn ahead: nothing else would hide how long it takes.
     inside = (first < live)[:, None] & (cols < q)[None, :]
     coming = tl.load(tile_of(W_base, first, cols, W_row_stride, W_col_stride, W_ORDER), mask=inside, other=0.0)
+    if FULL:  # likewise, by those programs alone that write it
+        V_live = live * (r_block == 0).to(tl.int32)
+        coming_v = tl.load(
+            tile_of(V_base, first, cols, V_row_stride, V_col_stride, V_ORDER),
+            mask=(first < V_live)[:, None] & (cols < q)[None, :],
+            other=0.0,
+        )
     for start in range(0, p, BLOCK_P):
         rows = start + first
         inside = (rows < live)[:, None] & (cols < q)[None, :]
@@ -272,12 +312,20 @@ def update(
             mask=(after < live)[:, None] & (cols < q)[None, :],
             other=0.0,
         )
+        if FULL:
+            here_v = coming_v
+            coming_v = tl.load(
+                tile_of(V_base, after, cols, V_row_stride, V_col_stride, V_ORDER),
+                mask=(after < V_live)[:, None] & (cols < q)[None, :],
+                other=0.0,
+            )
         raw = tl.load(tile_of(G_base, rows, cols, G_row_stride, G_col_stride, G_ORDER), mask=inside, other=0.0)
         if NEGATE:
             raw = -raw
         g = raw.to(tl.float32)
         square = g * g
-        squares += square
+        if not FULL:
+            squares += square
         u = tl.load(
             U_base + (ranks[:, None] * U_column + rows[None, :]),
             mask=(ranks < R)[:, None] & (rows < U_column)[None, :],
@@ -307,8 +355,14 @@ def update(
                 else:
                     momentum = tl.dot(tl.trans(a), tl.trans(x), momentum, input_precision=MOMENTUM_PRECISION)
             m = outside * g + tl.trans(momentum)
-            v = tl.load(v_row + rows, mask=rows < p, other=0.0).to(tl.float32) * old
-            denominator = tl.sqrt(v[:, None] * v_col[None, :] + fresh * square) + eps
+            if FULL:
+                v = beta2 * here_v.to(tl.float32) + (1.0 - beta2) * square
+                V_addresses = tile_of(V_base, rows, cols, V_row_stride, V_col_stride, V_ORDER)
+                tl.store(V_addresses, nearest(v, S_TYPE), mask=inside)
+                denominator = tl.sqrt(v * v_scale) + eps
+            else:
+                v = tl.load(v_row + rows, mask=rows < p, other=0.0).to(tl.float32) * old
+                denominator = tl.sqrt(v[:, None] * v_col[None, :] + fresh * square) + eps
             still = denominator <= eps  # where v is 0
             if RELATIVE:
                 denominator = tl.maximum(denominator, TINY)
@@ -360,8 +414,9 @@ def update(
     L_base = place_in(L, matrices, matrix, RIGHT, A, L_IN_STATE, ALIGNED)
     ranked = (ranks < R * (on if L_IN_STATE else 1))[:, None]
     tl.store(L_base + column, new, mask=ranked & (cols < q)[None, :])
-    first_of_ranks = (r_block == 0).to(tl.int32)
-    average = v_col + (1.0 - beta2) * (tl.sum(squares, axis=0) / p - v_col)
-    tl.store(col_base + cols, nearest(average, S_TYPE), mask=cols < q * first_of_ranks * on)
+    if not FULL:
+        first_of_ranks = (r_block == 0).to(tl.int32)
+        average = v_col + (1.0 - beta2) * (tl.sum(squares, axis=0) / p - v_col)
+        tl.store(col_base + cols, nearest(average, S_TYPE), mask=cols < q * first_of_ranks * on)
     if tile == 0:
         tl.store(sizes + matrix, size_of_row)

@@ -22,16 +22,19 @@ T = TypeVar("T")
 #: Columns of the table of matrices (n, COLUMNS), int64: addresses of W, G, m_B, m_A, v_row and v_col; sizes; strides
 #: in numbers; where the matrix begins in scratch of a left factor (r, p up to a multiple of 16), a right one (r, q),
 #: rows (p) and columns (q) a matrix; its number in its parameter, and the parameter's stream (both for stochastic
-#: rounding alone).
+#: rounding alone); strides of a v in full.
 (W, G, B, A, V_ROW, V_COL, P, Q, W_ROW, W_COL, G_ROW, G_COL, LEFT, RIGHT, ROWS, COLS, NUMBER, STREAM) = range(18)
-COLUMNS = 18
+(FULL_ROW, FULL_COL) = range(18, 20)
+COLUMNS = 20
 
 #: Which numbers of a matrix are neighbours, and whether 16 bytes of them may be read at once; see `Place.order`.
 STRIDED, ROWS_ALIGNED, COLUMNS_ALIGNED, IN_ROWS, IN_COLUMNS = range(5)
 
-#: State in the order of its addresses in the table; v's two factors take the place of its row and column means.
+#: State in the order of its addresses in the table; v's two factors take the place of its row and column means, and v
+#: in full takes both.
 STATE = ("m_B", "m_A", "v_row", "v_col")
 FACTORS = ("m_B", "m_A", "v_B", "v_A")
+FULL = ("m_B", "m_A", "exp_avg_sq", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ class Matrices:
         table: (n, COLUMNS), int64, on the device.
         p: of each matrix.
         q: of each matrix.
-        kinds: of each matrix, `Place.order` of its W and of its G: launches that read them differ by these.
+        kinds: of each matrix, `Place.order` of its W, of its G and of a v in full (`STRIDED` where there is none):
+            launches that read them differ by these.
         left: numbers of scratch for all left factors.
         right: for all right ones.
     """
@@ -82,7 +86,7 @@ class Matrices:
     table: Tensor
     p: tuple[int, ...]
     q: tuple[int, ...]
-    kinds: tuple[tuple[int, int], ...]
+    kinds: tuple[tuple[int, int, int], ...]
     left: int
     right: int
 
@@ -160,6 +164,8 @@ class Layouts:
 
 def state_of(bucket: Bucket) -> tuple[str, ...]:
     """The keys of a bucket's state in the table's order."""
+    if "exp_avg_sq" in bucket.state:
+        return FULL
     return FACTORS if "v_B" in bucket.state else STATE
 
 
@@ -173,24 +179,31 @@ def _streams(bucket: Bucket) -> tuple[int, ...]:
     return (0,) * len(bucket.params) if bucket.rounding is None else bucket.rounding.streams
 
 
-def _places(bucket: Bucket) -> tuple[Place, Place]:
-    places = place_of(bucket.params, bucket.view), place_of(bucket.grads, bucket.view)
-    if places[0] is None or places[1] is None:
-        raise ValueError("weights or gradients are no matrices of one place")
-    return places[0], places[1]
+def _places(bucket: Bucket) -> tuple[Place, ...]:
+    """Of weights, gradients and a v in full, if there is one."""
+    places = []
+    whole = [bucket.state["exp_avg_sq"]] if "exp_avg_sq" in bucket.state else []
+    for tensors in (bucket.params, bucket.grads, *whole):
+        place = place_of(tensors, bucket.view)
+        if place is None:
+            raise ValueError("weights, gradients or second moments are no matrices of one place")
+        places.append(place)
+    return tuple(places)
 
 
 def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[int]]]) -> Matrices:
     rows: list[list[int]] = []
-    kinds: list[tuple[int, int]] = []
+    kinds: list[tuple[int, int, int]] = []
     left = right = above = before = 0
     for bucket, lists in zip(buckets, addresses, strict=True):
         view = bucket.view
         p, q, r = view.p, view.q, view.rank
         places = _places(bucket)
         sizes = [bucket.params[0].element_size(), bucket.grads[0].element_size()]
-        steps = [place.batch * size for place, size in zip(places, sizes, strict=True)]
+        steps = [place.batch * size for place, size in zip(places[:2], sizes, strict=True)]
         steps += [numel * bucket.state[STATE[0]][0].element_size() for numel in _numels(bucket)]
+        if len(places) > 2:
+            steps[V_ROW] = steps[V_COL] = places[2].batch * bucket.state["exp_avg_sq"][0].element_size()
         aligned = [
             all((base + step * (view.batch > 1)) % 16 == 0 for base in bases)
             for bases, step in zip(lists, steps, strict=True)
@@ -198,12 +211,14 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
         kind = (
             places[0].order(view, aligned[0] and all(aligned[2:])),
             places[1].order(view, aligned[1] and all(aligned[2:])),
+            places[2].order(view, all(aligned[2:])) if len(places) > 2 else STRIDED,
         )
         strides = [places[0].row, places[0].col, places[1].row, places[1].col]
+        full = [places[2].row, places[2].col] if len(places) > 2 else [0, 0]
         for *bases, stream in zip(*lists, _streams(bucket), strict=True):
             for i in range(view.batch):
                 where = [base + i * step for base, step in zip(bases, steps, strict=True)]
-                rows.append([*where, p, q, *strides, left, right, above, before, i, stream])
+                rows.append([*where, p, q, *strides, left, right, above, before, i, stream, *full])
                 kinds.append(kind)
                 left, right = left + r * lines(p), right + lines(r * q)
                 above, before = above + p, before + q

@@ -142,7 +142,7 @@ class _Step(Step):
 
     def _project(self) -> None:
         block = self.project_blocks
-        for (_, order), work in self._kinds(self.matrices.p, block.rows):
+        for (_, order, _), work in self._kinds(self.matrices.p, block.rows):
             newton_kernels.project[(work.programs * self._count(block),)](
                 self.matrices.table,
                 work.items,
@@ -188,7 +188,7 @@ class _Step(Step):
 
     def _update(self) -> None:
         block, hyper = self.update_blocks, self.hyper
-        for (W_order, G_order), work in self._kinds(self.matrices.q, block.cols):
+        for (W_order, G_order, _), work in self._kinds(self.matrices.q, block.cols):
             newton_kernels.update[(work.programs * self._count(block),)](
                 self.matrices.table,
                 work.items,

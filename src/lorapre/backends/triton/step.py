@@ -87,8 +87,8 @@ class Step:
     def _work(self, sizes: tuple[int, ...], block: int, chosen: tuple[bool, ...] = ()) -> Work:
         return self.layouts.work(sizes, block, self.device, chosen)
 
-    def _kinds(self, sizes: tuple[int, ...], block: int) -> Iterator[tuple[tuple[int, int], Work]]:
-        """The work of a pass, apart for each order of the numbers of W and of G."""
+    def _kinds(self, sizes: tuple[int, ...], block: int) -> Iterator[tuple[tuple[int, int, int], Work]]:
+        """The work of a pass, apart for each order of the numbers of W, of G and of a v in full."""
         kinds = sorted(set(self.matrices.kinds))
         for kind in kinds:
             chosen = tuple(one == kind for one in self.matrices.kinds) if len(kinds) > 1 else ()
