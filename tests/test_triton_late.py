@@ -90,9 +90,30 @@ def test_a_bad_step_changes_nothing_and_the_next_call_says_which_gradient_it_was
     assert_same_bits(snapshot(optimizer), two_good_steps(device))
 
 
+@pytest.mark.parametrize("turns", [False, True], ids=["at once", "in turns"])
+def test_a_bad_gradient_leaves_a_second_moment_in_full_as_it_was(
+    turns: bool, device: torch.device, request: pytest.FixtureRequest
+) -> None:
+    def seconds(optimizer: LoRAPreAdamW) -> list[Tensor]:
+        found = [optimizer.state[param]["exp_avg_sq"].clone() for param in params_of(optimizer)]
+        assert all(v.count_nonzero() > 0 for v in found)
+        return found
+
+    if turns:
+        request.getfixturevalue("in_turns")
+    optimizer = build(device, second_moment="full", nonfinite="skip")
+    step(optimizer, 0)
+    before = seconds(optimizer)
+    step(optimizer, 1, bad=(1,))
+    assert_same_bits(seconds(optimizer), before)
+    step(optimizer, 3)
+    optimizer.settle()
+    assert_same_bits(snapshot(optimizer), two_good_steps(device, second_moment="full"))
+
+
 @cache
-def two_good_steps(device: torch.device) -> list[Any]:
-    optimizer = build(device)
+def two_good_steps(device: torch.device, second_moment: str = "rank1") -> list[Any]:
+    optimizer = build(device, second_moment=second_moment)
     for seed in (0, 3):
         step(optimizer, seed)
     return snapshot(optimizer)

@@ -232,7 +232,7 @@ import triton.language as tl
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lorapre.backends.triton import bases, cholesky, elements, kernels, table
+from lorapre.backends.triton import bases, cholesky, elements, first_pass, second_pass, table
 
 numbers = "decay gain beta2 eps keep cross outside v_scale rate step limit shift".split()
 integers = "n seed right_programs".split()
@@ -279,11 +279,11 @@ for target, rank, kind, narrow, precision in (
     block = table.blocks(table.PROJECT, rank, size)
     tile = dict(R, BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=True, CLIP=True, BF16=narrow,
                 FULL=narrow, V_ORDER=2)
-    build(kernels.project, target, block, G_TYPE=kind, S_TYPE=kind, ORDER=1,
+    build(first_pass.project, target, block, G_TYPE=kind, S_TYPE=kind, ORDER=1,
           PRECISION=precision, **tile)
     block = table.blocks(table.UPDATE, rank, size)
     tile |= dict(BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols)
-    made = build(kernels.update, target, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, RELATIVE=True,
+    made = build(second_pass.update, target, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, RELATIVE=True,
                  BOUNDED=True, STOCHASTIC=narrow, ROUNDS=7, X_IN_STATE=True, L_IN_STATE=not narrow, W_ORDER=1,
                  G_ORDER=2, MOMENTUM_PRECISION=precision, LEFT_PRECISION=precision, **tile)
     print(*sorted(made.asm.keys() & {"cubin", "hsaco"}), made.metadata.shared <= 227 * 1024)

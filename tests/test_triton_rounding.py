@@ -95,3 +95,29 @@ def test_for_one_update_both_backends_write_the_same_bits(regression: str, seed:
         results.append([param.detach().clone() for param in params])
     assert_same_bits(results[1], results[0])
     assert_same_bits(results[2], results[0])
+
+
+@pytest.mark.parametrize(
+    ("backend", "capturable", "second_moment"),
+    [("triton", False, "full"), ("triton", True, "rank1"), ("eager", False, "rank1"), ("eager", True, "full")],
+)
+def test_what_is_drawn_after_a_skipped_step_is_what_a_run_without_it_draws(
+    backend: str, capturable: bool, second_moment: str, device: torch.device
+) -> None:
+    shapes: tuple[Shape, ...] = ((10, 18), (40,))  # the second is dense
+    options = {"second_moment": second_moment, "backend": backend, "capturable": capturable, "nonfinite": "skip"}
+    results = []
+    for skips in (False, True):
+        params = make_params(shapes, torch.bfloat16, device)
+        optimizer = LoRAPreAdamW(params, rank=2, lr=1e-3, weight_decay=1.0, stochastic_rounding=True, **options)
+        for number in range(2):
+            grads = [next(gradients(shape, 1, seed=number)).bfloat16() for shape in shapes]
+            if skips and number == 1:
+                before = [param.detach().clone() for param in params]
+                set_grads(params, [torch.full_like(grad, float("nan")) for grad in grads])
+                optimizer.step()
+                assert_same_bits([param.detach() for param in params], before)
+            set_grads(params, grads)
+            optimizer.step()
+        results.append([param.detach().clone() for param in params])
+    assert_same_bits(results[1], results[0])

@@ -44,9 +44,9 @@ def unavailable(device_type: str) -> str | None:
         from triton.runtime.jit import JITFunction
     except ImportError:
         return "triton is not installed"
-    from lorapre.backends.triton import kernels
+    from lorapre.backends.triton import elements
 
-    interpreted = not isinstance(kernels.project, JITFunction)
+    interpreted = not isinstance(elements.fill, JITFunction)
     if interpreted and isinstance(tl.sum, JITFunction):
         return "triton was imported before TRITON_INTERPRET was set"
     if device_type == "cpu":

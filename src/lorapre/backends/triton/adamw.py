@@ -14,7 +14,7 @@ from lorapre import factors, subspace
 from lorapre.backends import rounding
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
-from lorapre.backends.triton import bases, cholesky, elements, kernels, table
+from lorapre.backends.triton import bases, cholesky, elements, first_pass, second_pass, table
 from lorapre.backends.triton.layout import Layouts, Work
 from lorapre.backends.triton.step import TYPES, Step, on_device_of, turns
 
@@ -112,7 +112,7 @@ class SubspaceStep(Step):
     def _project(self) -> None:
         block, hyper = self.blocks, self.hyper
         for (_, order, V_order), work in self._kinds(self.matrices.p, block.rows):
-            kernels.project[(work.programs * self.project_parts,)](
+            first_pass.project[(work.programs * self.project_parts,)](
                 self.matrices.table,
                 work.items,
                 work.starts,
@@ -177,7 +177,7 @@ class SubspaceStep(Step):
         block, hyper = self.update_blocks, self.hyper
         ranks = math.ceil(self.r / block.rank)
         for (W_order, G_order, V_order), work in self._kinds(self.matrices.q, block.cols):
-            kernels.update[(work.programs * ranks,)](
+            second_pass.update[(work.programs * ranks,)](
                 self.matrices.table,
                 work.items,
                 self.coefficients,

@@ -54,6 +54,9 @@ COLUMNS_ALIGNED = tl.constexpr(layout.COLUMNS_ALIGNED)
 IN_ROWS = tl.constexpr(layout.IN_ROWS)
 IN_COLUMNS = tl.constexpr(layout.IN_COLUMNS)
 
+#: Smallest normal float32, what `torch.finfo` calls tiny.
+TINY = tl.constexpr(2.0**-126)
+
 #: What a program of the first pass leaves of its rows: sum of G^2, sum of G^2 / v_hat, largest |K|.
 PART = tl.constexpr(3)
 

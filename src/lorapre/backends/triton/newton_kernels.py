@@ -37,6 +37,7 @@ from lorapre.backends.triton.elements import (
     ROWS_ALIGNED,
     STEP,
     STREAM,
+    TINY,
     V_SCALE,
     W_COL,
     W_ROW,
@@ -56,7 +57,6 @@ from lorapre.backends.triton.elements import (
     tile_of,
     whole,
 )
-from lorapre.backends.triton.kernels import TINY
 from lorapre.backends.triton.newton_squares import V_A, V_B, next_right
 
 

@@ -1,8 +1,6 @@
-"""The two passes over the gradients, of matrices of any shapes. One matrix is (p, q) of rank R.
+"""The second pass over the gradients, with the update of the weights. Imports triton.
 
-G and W are found through `lorapre.backends.triton.layout`'s table. Grids are flat: the rank block is the fastest index,
-behind it the list of work. Offsets within a matrix are int32, as `supports` sees to. No sum is atomic: a
-rerun gives the same bits.
+Grids and offsets are those of `lorapre.backends.triton.first_pass`.
 """
 
 # Triton's decorators and types are untyped where they are not missing (other platforms than Linux).
@@ -24,13 +22,13 @@ from lorapre.backends.triton.elements import (
     NUMBER,
     ON,
     OUTSIDE,
-    PART,
     RATE,
     RIGHT,
     ROWS,
     ROWS_ALIGNED,
     STEP,
     STREAM,
+    TINY,
     V_COL,
     V_ROW,
     V_SCALE,
@@ -55,129 +53,8 @@ from lorapre.backends.triton.elements import (
     whole,
 )
 
-#: Smallest normal float32, what `torch.finfo` calls tiny.
-TINY = tl.constexpr(2.0**-126)
 #: Of the old basis in the new one, in units of the size of what it closes: float32's rounding.
 CLOSING = tl.constexpr(8 * 2.0**-23)
-
-
-@triton.jit
-def project(
-    matrices,
-    items,
-    starts,
-    coefficients,
-    U,
-    row_sums,
-    parts,
-    decay,
-    gain,
-    beta2,
-    G_TYPE: tl.constexpr,
-    S_TYPE: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    NEGATE: tl.constexpr,
-    CLIP: tl.constexpr,
-    FULL: tl.constexpr,
-    ORDER: tl.constexpr,
-    V_ORDER: tl.constexpr,
-    BF16: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Pass 1 over G, a program a block of rows: G A^T to ``U``. It changes no state: G may turn out not to be finite.
-
-    Besides ``row_sums`` of G^2, and in ``parts`` the sums of G^2 and of G^2 / v_hat and the largest |K| of the block,
-    K = decay B + gain G A^T. FULL: v lies in full where v_row's address says, and ``row_sums`` are of the old v.
-    """
-    R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
-    ALIGNED: tl.constexpr = (ORDER == ROWS_ALIGNED) | (ORDER == COLUMNS_ALIGNED)
-    pid = tl.program_id(0)
-    item = pid // R_BLOCKS
-    r_block = pid % R_BLOCKS
-    matrix = tl.load(items + item * 2).to(tl.int64)
-    tile = tl.load(items + item * 2 + 1)
-    p = whole(size_of(matrices, matrix, P), ORDER, COLUMNS_ALIGNED)
-    q = whole(size_of(matrices, matrix, Q), ORDER, ROWS_ALIGNED)
-    row_stride = size_of(matrices, matrix, G_ROW)
-    col_stride = size_of(matrices, matrix, G_COL)
-    rows = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    ranks = r_block * BLOCK_R + tl.arange(0, BLOCK_R)
-    row = coefficients + matrix * WIDTH
-    base = base_of(matrices, matrix, G, G_TYPE, ALIGNED)
-    A_base = base_of(matrices, matrix, A, S_TYPE, ALIGNED)
-    B_base = base_of(matrices, matrix, B, S_TYPE, ALIGNED)
-    v_scale = tl.load(row + V_SCALE)
-    if FULL:
-        V_base = base_of(matrices, matrix, V_ROW, S_TYPE, (V_ORDER == ROWS_ALIGNED) | (V_ORDER == COLUMNS_ALIGNED))
-        V_row_stride = size_of(matrices, matrix, FULL_ROW)
-        V_col_stride = size_of(matrices, matrix, FULL_COL)
-        V_live = p * (r_block == 0).to(tl.int32)  # the others' sums are not read
-        V_sums = tl.zeros((BLOCK_P,), tl.float32)
-    elif CLIP:
-        row_base = base_of(matrices, matrix, V_ROW, S_TYPE)
-        col_base = base_of(matrices, matrix, V_COL, S_TYPE, ALIGNED)
-        mean = mean_of(row_base, p, 512)
-        mean = tl.where(mean > 0, mean, 1.0)
-        fresh = (1.0 - beta2) * v_scale
-        v_row = tl.load(row_base + rows, mask=rows < p, other=0.0).to(tl.float32) / mean * (beta2 * v_scale)
-
-    total = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
-    squares = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
-    surprise = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
-    for start in range(0, q, BLOCK_Q):
-        cols = start + tl.arange(0, BLOCK_Q)
-        addresses = tile_of(base, rows, cols, row_stride, col_stride, ORDER)
-        g = tl.load(addresses, mask=(rows < p)[:, None] & (cols < q)[None, :], other=0.0)
-        a = tl.load(
-            A_base + (ranks[:, None] * q + cols[None, :]),
-            mask=(ranks < R)[:, None] & (cols < q)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        if NEGATE:
-            g = -g
-        wide = g.to(tl.float32)
-        if BF16:
-            total = tl.dot(g, tl.trans(a.to(tl.bfloat16)), total)
-        else:
-            total = tl.dot(wide, tl.trans(a), total, input_precision=PRECISION)
-        square = wide * wide
-        squares += square
-        if FULL:
-            v = tl.load(
-                tile_of(V_base, rows, cols, V_row_stride, V_col_stride, V_ORDER),
-                mask=(rows < V_live)[:, None] & (cols < q)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            V_sums += tl.sum(v, axis=1)
-        if CLIP:
-            if FULL:
-                v_hat = (beta2 * v + (1.0 - beta2) * square) * v_scale
-            else:
-                v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
-                v_hat = v_row[:, None] * v_col[None, :] + fresh * square
-            ratio = wide * tl.rsqrt(tl.where(v_hat > 0, v_hat, 1.0))
-            surprise += tl.where(v_hat > 0, ratio * ratio, 0.0)
-    b = tl.load(
-        B_base + (rows[:, None] * R + ranks[None, :]), mask=(rows < p)[:, None] & (ranks < R)[None, :], other=0.0
-    ).to(tl.float32)
-    left = field(matrices, matrix, LEFT) // 16 * 16
-    # Zeros down to the end of the last line: who reads it need not ask where p ends.
-    column = lines_of(p)
-    tl.store(
-        U + left + (ranks[None, :] * column + rows[:, None]),
-        total,
-        mask=(rows < column)[:, None] & (ranks < R)[None, :],
-    )
-    first_of_ranks = (r_block == 0).to(tl.int32)
-    sums = V_sums if FULL else tl.sum(squares, axis=1)
-    tl.store(row_sums + field(matrices, matrix, ROWS) + rows, sums, mask=rows < p * first_of_ranks)
-    part = parts + ((tl.load(starts + matrix) + tile).to(tl.int64) * R_BLOCKS + r_block) * PART
-    tl.store(part, tl.sum(squares))
-    tl.store(part + 1, tl.sum(surprise))
-    tl.store(part + 2, tl.max(tl.abs(decay * b + gain * total)))
 
 
 @triton.jit
