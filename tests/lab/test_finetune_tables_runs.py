@@ -273,8 +273,8 @@ def test_the_command_says_what_is_to_come_and_what_is_missing(
     work = ["--work", str(tmp_path / "work")]
     run("--task", "gsm8k", "--dry-run", *work)
     told = capsys.readouterr().out
-    assert "search: 36 x search" in told  # 12 methods, 3 rates
-    assert "seeds: 36 x test" in told  # 12 methods, 3 seeds
+    assert "search: 42 x search" in told  # 14 methods, 3 rates
+    assert "seeds: 42 x test" in told  # 14 methods, 3 seeds
     assert "ranks: 21 x search" in told  # 7 contestants, 3 rates
     assert not (tmp_path / "work").exists()
     with pytest.raises(SystemExit, match=r"has no model/config\.json\. Make it with --prepare model"):

@@ -142,7 +142,7 @@ def test_whole_training_steps_are_set_against_fused_adamw(tmp_path: Path) -> Non
     rows = read(tmp_path)["training"]
     assert [(one["optimizer"], one["rank"]) for one in rows] == [(REFERENCE, None), ("LoRAPreAdamW", 4)]
     for one in rows:
-        assert one["tokens_per_second"] == pytest.approx(32 / (one["step_ms"] / 1e3), rel=1e-3)
+        assert one["tokens_per_second"] == pytest.approx(32 / (one["step_ms"] / 1e3), rel=1e-3, abs=0.06)  # of tenths
     assert (tmp_path / "training.png").stat().st_size > 10_000
 
 
@@ -227,7 +227,8 @@ def test_the_committed_rows_of_the_cpu_are_still_read_and_published(tmp_path: Pa
         rank = "–" if one["rank"] is None else one["rank"]
         begin = f"| llama-60m | float32 | {one['optimizer']} | {rank} | "
         assert f"{begin}{report._figures(one['step_ms'])} | {one['ratio_to_fused_adamw']:.2f} |" in page
-    assert f"{before['hardware']}, 2026-11-22, python 3.11.7" in page
+    assert f"{before['hardware']}, {before['threads']} threads" in page
+    assert f"{before['date'][:10]}, python {before['versions']['python']}" in page
     assert (tmp_path / "ratio.png").read_bytes()[:4] == b"\x89PNG"
 
 
