@@ -51,6 +51,7 @@ def main(began: float, description: str | None) -> None:
     parser.add_argument("--budget", type=seconds, default=math.inf, help="90s, 25m, 1.5h; default: all that is wanted")
     parser.add_argument("--stages", type=stages, default=STAGES, help=f"default: {','.join(STAGES)}")
     parser.add_argument("--only", type=pattern, help="a regular expression: only runs whose printed name has it")
+    parser.add_argument("--first", type=pattern, help="likewise: these runs before all others, whatever their stage")
     parser.add_argument("--dry-run", action="store_true", help="say what is still to be made, and stop")
     parser.add_argument("--publish", action="store_true", help="make no run")
     arguments = parser.parse_args()
@@ -73,7 +74,9 @@ def main(began: float, description: str | None) -> None:
             print(cost(profile, rows, arguments.stages))
             return
         if not arguments.publish:
-            session = Session(profile, rows, arguments.stages, began + arguments.budget, arguments.only)
+            session = Session(
+                profile, rows, arguments.stages, began + arguments.budget, arguments.only, arguments.first
+            )
             session.make_runs(arguments.material, arguments.jobs_per_device)
     except KeyboardInterrupt:
         sys.exit("interrupted; go on with the same command")

@@ -31,7 +31,8 @@ questions answered rightly (greedy, at most {max_new_tokens} new tokens), with t
 questions; held-out loss is of the same runs, in nats a learned token ({loss_before:.3f} before training). Rates are
 those of the matrices, or of the adapter; methods that train all weights train embeddings and norms by AdamW at
 {dense_lr:g}, whose state is the difference between both numbers of bytes. GaLore and Fira
-project every 200 steps, and their packages keep the whole basis of which they use the rank's part.
+project every 200 steps where nothing else is said; their packages keep the whole basis of which they use the rank's
+part.
 Peak memory is what tensors took on the GPU in training. Examples a second are of a run that had the GPU for itself.
 
 {hardware}; {versions}.
@@ -147,12 +148,11 @@ def _line(result: Result) -> str:
     record, known = result.record(), result.accuracy
     others = ", ".join(f"{rate:g}: {_loss(loss)}" for rate, loss in result.by_rate.items() if rate != result.lr)
     rates = f"{result.lr:g}{EDGE if result.at_edge else ''}" + (f" ({others})" if others else "")
-    options = "".join(f", {name}={value}" for name, value in result.contestant.options)
     share = "–" if known is None else f"{100 * known.mean:.1f} % [{100 * known.low:.1f}, {100 * known.high:.1f}]"
     if record["diverged_seeds"]:
         share += f", {len(record['diverged_seeds'])} diverged"
     cells = (
-        f"`{result.contestant.method}`{options}",
+        _name(result.contestant),
         "–" if result.contestant.rank is None else result.contestant.rank,
         rates,
         share,
@@ -164,19 +164,23 @@ def _line(result: Result) -> str:
     return "| " + " | ".join(map(str, cells)) + " |\n"
 
 
+def _name(contestant: Contestant) -> str:
+    return f"`{contestant.method}`" + "".join(f", {name}={value}" for name, value in contestant.options)
+
+
 def _differences(shown: list[Result]) -> str:
     ours = [one for one in shown if one.contestant.method.startswith(OURS) and one.verdicts]
     others = [one for one in shown if not one.contestant.method.startswith(OURS) and one.verdicts]
     if not ours or not others:
         return ""
-    lines = ["| minus | " + " | ".join(f"`{one.contestant.method}`" for one in ours) + " |\n"]
+    lines = ["| minus | " + " | ".join(_name(one.contestant) for one in ours) + " |\n"]
     lines.append("|---|" + "---:|" * len(ours) + "\n")
     for other in others:
         cells = []
         for one in ours:
             apart = difference(one.verdicts, other.verdicts)
             cells.append(f"{100 * apart.mean:+.1f} [{100 * apart.low:+.1f}, {100 * apart.high:+.1f}]")
-        lines.append(f"| `{other.contestant.method}` | " + " | ".join(cells) + " |\n")
+        lines.append(f"| {_name(other.contestant)} | " + " | ".join(cells) + " |\n")
     return "".join(lines)
 
 

@@ -31,6 +31,7 @@ class Session(Sessions[Run]):
         stages: to be made, the most urgent first.
         deadline: of `time.monotonic`, when running runs are stopped.
         only: of these stages, only the runs whose name (`str` of a `Run`) it is found in.
+        first: these runs, by their names too, are begun before all others, whatever the stage.
     """
 
     def __init__(
@@ -40,10 +41,11 @@ class Session(Sessions[Run]):
         stages: Sequence[str],
         deadline: float,
         only: re.Pattern[str] | None = None,
+        first: re.Pattern[str] | None = None,
     ) -> None:
         rows.check_protocol(profile.protocol)
         super().__init__(rows, deadline, only, PACKAGES)
-        self._profile, self._losses, self._stages = profile, rows, stages
+        self._profile, self._losses, self._stages, self._first = profile, rows, stages, first
 
     def make_runs(self, material: Path, jobs_per_device: int | None) -> None:
         """Make what is wanted, in processes of their own, until nothing is or the deadline has come.
@@ -62,7 +64,9 @@ class Session(Sessions[Run]):
             self._work_off(pool)
 
     def _planned(self, running: set[Key], failed: set[Key]) -> list[Run]:
-        return wanted(self._profile, self._losses.losses, running, failed, self._stages)
+        runs = wanted(self._profile, self._losses.losses, running, failed, self._stages)
+        first = self._first
+        return runs if first is None else sorted(runs, key=lambda run: first.search(str(run)) is None)
 
     def _fits_beside(self, run: Run, running: Sequence[Run]) -> bool:
         """A run whose speed counts has the machine for itself."""

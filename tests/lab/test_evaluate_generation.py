@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -118,6 +119,32 @@ def test_an_end_token_ends_one_row_and_is_not_counted(
         tokens = tokens_of(model, tokenizer, prompt, 24, {0, end})
         assert completion == Completion(tokenizer.decode(tokens), len(tokens), "length" if len(tokens) == 24 else "eos")
     assert found[0].finish == "eos"
+
+
+@pytest.mark.parametrize("piece", [1, 5, 24])
+def test_rows_that_have_ended_leave_the_batch_and_the_others_go_on_as_if_they_had_not(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    longest = max(range(len(PROMPTS)), key=lambda place: len(PROMPTS[place]))
+    model.generation_config.eos_token_id = [0, tokens_of(model, tokenizer, PROMPTS[longest], 8, {0})[5]]
+    whole = complete(model, tokenizer, PROMPTS, SEEDS, GREEDY)
+    assert {completion.finish for completion in whole} == {"eos", "length"}
+    shapes: list[tuple[int, ...]] = []
+    forward = model.forward
+
+    def noted(*given: Any, **named: Any) -> Any:
+        shapes.append(tuple(named["input_ids"].shape))
+        return forward(*given, **named)
+
+    monkeypatch.setattr(model, "forward", noted)
+    monkeypatch.setattr("lorapre.lab.evaluate.generation.PIECE", piece)
+    assert complete(model, tokenizer, PROMPTS, SEEDS, GREEDY) == whole
+    assert len(shapes) == 24
+    going = sum(completion.finish == "length" for completion in whole)
+    assert shapes[-1][0] == (4 if piece == 24 else going)
+    if piece == 5:  # 20 tokens more, and no padding of a longer prompt that is not there any more
+        kept = (prompt for prompt, end in zip(PROMPTS, whole, strict=True) if end.finish == "length")
+        assert shapes[20][1] == 20 + max(len(tokenizer(prompt)["input_ids"]) for prompt in kept)
 
 
 def test_the_models_own_generation_settings_do_not_apply(

@@ -385,6 +385,16 @@ def test_the_page_names_best_rates_at_an_edge_and_differences_with_their_interva
     assert page.index("`lorapre-adamw`") < page.index("| `lora` | 8")  # the better one first
 
 
+def test_the_differences_tell_methods_of_the_same_name_apart_by_their_options(rows: Rows, tmp_path: Path) -> None:
+    other = Contestant("lora", 8, (("update_proj_gap", 25),))
+    for one in (B, other):
+        rows.add(row(one, "search", 2.0, 0, 3.1))
+        rows.add(row(one, "test", 2.0, 1, 3.4, **answered("0101")))
+    write_tables(rows, replace(SMALL, rates={**SMALL.rates, other: 1.0}), tmp_path)
+    page = (tmp_path / "table.md").read_text().partition("minus others'")[2]
+    assert ("| `lora` | +" in page, "| `lora`, update_proj_gap=25 | +" in page) == (True, True)
+
+
 def test_figures_are_made_of_whatever_rows_there_are(rows: Rows, tmp_path: Path) -> None:
     from finetune.figures import write_figures
 

@@ -191,8 +191,11 @@ def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     write_sums(folder)
     rows = tmp_path / "work" / "rows.jsonl"
 
-    def make(stages: str, only: str = "", *, jobs: int = 1, profile: Profile = PROFILE) -> list[dict[str, Any]]:
-        one = session.Session(profile, Rows(rows), stages.split(","), math.inf, re.compile(only))
+    def make(
+        stages: str, only: str = "", *, first: str | None = None, jobs: int = 1, profile: Profile = PROFILE
+    ) -> list[dict[str, Any]]:
+        urgent = None if first is None else re.compile(first)
+        one = session.Session(profile, Rows(rows), stages.split(","), math.inf, re.compile(only), urgent)
         one.make_runs(folder, jobs)
         return [json.loads(line) for line in rows.read_text().splitlines()]
 
@@ -216,6 +219,14 @@ def test_a_session_goes_on_where_another_one_ended_and_makes_nothing_twice(sessi
     tested = [(one, lr, seed) for kind, one, lr, seed in keys if kind == "test"]
     assert sorted(tested) == sorted((name, 0.02, seed) for name in rates for seed in (1, 2, 3))
     assert session(EVERY) == every
+
+
+def test_runs_that_are_to_be_first_are_made_before_all_others_whatever_their_stage(session: Any) -> None:
+    rows = session("search,seeds", first=r" full-adamw lr")
+    made = [(row["contestant"], row["kind"]) for row in rows]
+    assert made[:7] == [("full-adamw", "search")] * 4 + [("full-adamw", "test")] * 3
+    assert [kind for _, kind in made[7:]] == ["search"] * 8 + ["test"] * 6
+    assert {one for one, _ in made[7:]} == {"lorapre-adamw@4", "lora@4"}
 
 
 def test_a_speed_run_has_the_machine_for_itself(session: Any) -> None:

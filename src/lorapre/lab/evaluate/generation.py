@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,10 @@ from transformers import (
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+
+#: Tokens after which rows that have ended leave a greedy batch. What the others have so far is read anew then, at the
+#: price of one forward pass; without it the longest answer of a batch would have all rows computed to its end.
+PIECE = 64
 
 
 @dataclass(frozen=True)
@@ -130,13 +134,15 @@ def complete(
             processors.append(TopPLogitsWarper(decoding.top_p))
         processors.append(_Noise(seeds, model.device))
     stop = _StopAt(tokenizer, decoding.stop, width, len(prompts)) if decoding.stop else None
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        output = generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+    # The noise and the stop strings know the rows by their place, which they keep then.
+    piece = decoding.max_new_tokens if processors or stop else PIECE
+
+    def go_on(ids: Tensor, mask: Tensor, count: int) -> Tensor:
+        output: Tensor = generate(
+            input_ids=ids,
+            attention_mask=mask,
             generation_config=GenerationConfig(
-                max_new_tokens=decoding.max_new_tokens,
+                max_new_tokens=count,
                 do_sample=False,
                 eos_token_id=ends or None,
                 pad_token_id=tokenizer.pad_token_id,
@@ -144,11 +150,45 @@ def complete(
             logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([] if stop is None else [stop]),
         )
+        return output
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        rows = _in_pieces(go_on, batch["input_ids"], batch["attention_mask"], ends, decoding.max_new_tokens, piece)
     finally:
         model.generation_config = own
-    rows = output[:, width:].tolist()
     lengths = [None] * len(rows) if stop is None else stop.lengths
     return [_completion(tokenizer, row, length, ends, decoding.stop) for row, length in zip(rows, lengths, strict=True)]
+
+
+def _in_pieces(
+    go_on: Callable[[Tensor, Tensor, int], Tensor], ids: Tensor, mask: Tensor, ends: list[int], count: int, piece: int
+) -> list[list[int]]:
+    """At most ``count`` new tokens of each row; after each ``piece`` of them the rows that have ended are left out.
+
+    Args:
+        go_on: ``ids`` and at most so many tokens more, for token ids and attention mask (rows, tokens) padded on the
+            left; padded on the right once a row has ended.
+        ids: to begin with.
+        mask: of ``ids``.
+        ends: tokens that end a row.
+        count: new tokens of a row at most.
+        piece: of them.
+    """
+    rows: list[list[int]] = [[] for _ in range(len(ids))]
+    places = torch.arange(len(ids), device=ids.device)
+    left = count
+    while left > 0 and len(places):
+        output = go_on(ids, mask, min(piece, left))
+        new = output[:, ids.shape[1] :]
+        for place, tokens in zip(places.tolist(), new.tolist(), strict=True):
+            rows[place] += tokens
+        left -= new.shape[1]
+        going = ~torch.isin(new, torch.tensor(ends, dtype=new.dtype, device=new.device)).any(dim=1)
+        places, ids, mask = places[going], output[going], torch.cat([mask, torch.ones_like(new)], dim=1)[going]
+        used = mask.any(dim=0)  # not the columns in which all that are left have padding
+        ids, mask = ids[:, used], mask[:, used]
+    return rows
 
 
 def _completion(
