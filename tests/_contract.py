@@ -26,6 +26,7 @@ PAPER_ADAMW = {
     "eps_mode": "absolute",
     "bounded": False,
     "update_clipping": False,
+    "spectral_clipping": None,
     "scale": 0.25,
 }
 PAPER_MUON = {

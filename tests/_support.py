@@ -146,6 +146,7 @@ class ReferenceRun:
                 eps_mode=group["eps_mode"],
                 bounded=group["bounded"],
                 update_clipping=group["update_clipping"],
+                spectral_clipping=group["spectral_clipping"],
                 regression=group["regression"],
                 residual_gain=group["residual_gain"],
                 bias_correction=group["bias_correction"],

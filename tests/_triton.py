@@ -133,6 +133,7 @@ OPTIONS: dict[str, Any] = {
     "weight_decay": 0.0,
     "scale": 1.0,
     "update_clipping": False,
+    "spectral_clipping": None,
 }
 
 

@@ -216,6 +216,7 @@ OWN: dict[Kind, dict[str, Any]] = {
         "eps_mode": "absolute",
         "bounded": False,
         "update_clipping": True,
+        "spectral_clipping": 0.01,
         "backend": "eager",
         "scale": 0.5,
     },

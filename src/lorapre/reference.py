@@ -189,6 +189,7 @@ def lorapre_adam_step(
     eps_mode: Literal["absolute", "relative"] = "absolute",
     bounded: bool = False,
     update_clipping: bool = False,
+    spectral_clipping: float | None = None,
     weight_decay: float = 0.0,
     scale: float = 1.0,
     regression: Literal["newton", "subspace"] = "newton",
@@ -202,7 +203,7 @@ def lorapre_adam_step(
     The rest is beyond the paper: ``regression="subspace"`` is equation (11), ``residual_gain`` c of (12), and
     ``state`` may hold the second moment of (13), or Adam's own, in full. A relative ``eps`` is in units of the
     matrix's root mean vhat. ``bounded`` limits |mhat| / sqrt(vhat) to 1 / sqrt(1 - beta2), and to 0 where vhat is 0.
-    ``update_clipping`` is equation (14).
+    ``update_clipping`` is equation (14), ``spectral_clipping`` (15), both by the divisor that is larger.
     """
     state.step += 1
     correction = first_moment_correction(beta1, state.step)
@@ -227,8 +228,10 @@ def lorapre_adam_step(
     elif state.v_row is not None:
         assert state.v_col is not None
         v_hat = rank1_second_moment(state.v_row, state.v_col, G, beta2) / (1 - beta2**state.step)
+        columns = state.v_col
         state.v_row = beta2 * state.v_row + (1 - beta2) * (G**2).mean(dim=1)
         state.v_col = beta2 * state.v_col + (1 - beta2) * (G**2).mean(dim=0)
+        rows = state.v_row / (1 - beta2**state.step)
     else:
         assert state.v_B is not None
         assert state.v_A is not None
@@ -237,15 +240,51 @@ def lorapre_adam_step(
         # The square root of v decays by sqrt(beta2), and each of its two factors by the root of that: equation (3).
         state.v_B, state.v_A = follow(state.v_B, state.v_A, G.abs(), math.sqrt(beta2))
     state.m_B, state.m_A = follow(state.m_B, state.m_A, G, beta1)
+    if state.v_row is None:
+        rows, columns = v_hat.mean(dim=1), v_hat.mean(dim=0)
     if eps_mode == "relative":
         eps = eps * v_hat.mean().sqrt().item()
     update = m_hat / (v_hat.sqrt() + eps)
     if bounded:
         limit = 1 / math.sqrt(1 - beta2)
         update = torch.where(v_hat > 0, update.clamp(-limit, limit), 0.0)
+    divisor = 1.0
     if update_clipping:
-        update = update / max(1.0, (G / v_hat.sqrt()).nan_to_num(0.0).square().mean().sqrt().item())
+        divisor = (G / v_hat.sqrt()).nan_to_num(0.0).square().mean().sqrt().item()
+    if spectral_clipping is not None:
+        p, q = W.shape
+        largest = sketched_norm(m_hat, rows, columns)
+        divisor = max(divisor, largest / (spectral_clipping * (math.sqrt(p) + math.sqrt(q))))
+    update = update / max(1.0, divisor)
     return W - lr * (scale * update + weight_decay * W)
+
+
+def sketch_signs(q: int) -> Tensor:
+    """Equation (15)'s S, (q, 16): sign k of row j is bit k of MurmurHash3's finalizer of j, 1 for 0 and -1 for 1."""
+
+    def mixed(x: int) -> int:
+        x = ((x ^ (x >> 16)) * 0x85EBCA6B) % 2**32
+        x = ((x ^ (x >> 13)) * 0xC2B2AE35) % 2**32
+        return x ^ (x >> 16)
+
+    return torch.tensor([[1.0 - 2.0 * (mixed(j) >> k & 1) for k in range(16)] for j in range(q)], dtype=torch.float64)
+
+
+def sketched_norm(M: Tensor, rows: Tensor, columns: Tensor) -> float:
+    """Equation (15)'s estimate of the largest singular value of D, M (p, q) over the root of ``rows`` x ``columns``.
+
+    ``columns`` count in units of their mean, and 1/100 at least; all as 1 where they are 0. Of Y = D S the products of
+    different columns estimate the sum of the fourth powers of D's singular values, and the columns' squares that of
+    the squares; what a random matrix of that size has is taken off.
+    """
+    p, q = M.shape
+    even = (columns / columns.mean()).clamp(min=0.01) if columns.any() else torch.ones_like(columns)
+    D = torch.where(rows[:, None] > 0, M / (rows[:, None] * even).sqrt(), 0.0)
+    Y = D @ sketch_signs(q).to(D)
+    products = [(Y[:, i] @ Y[:, j]).item() for i in range(16) for j in range(16)]
+    off = sum(products[16 * i + j] ** 2 for i in range(16) for j in range(16) if i != j) / 240
+    squares = sum(products[17 * i] for i in range(16)) / 16
+    return float(max(0.0, off - squares**2 * (p + q) / (p * q)) ** 0.25)
 
 
 def newton_schulz(M: Tensor, steps: int = 5) -> Tensor:

@@ -62,7 +62,7 @@ def test_the_options_are_the_keywords_of_the_class_without_those_that_the_lab_se
     assert set(options_of(Later)) == {"gain", "kind"}
     assert set(options_of(Later, owned={**OWNED, "gain": "--gain sets it"})) == {"kind"}
     names = {"eps", "damping", "damping_mode", "bias_correction", "second_moment", "scale", "state_dtype"}
-    names |= {"update_clipping", "stochastic_rounding"}
+    names |= {"update_clipping", "spectral_clipping", "stochastic_rounding"}
     for entry in (OURS, OPTIMIZERS["lorapre-adamw-paper"]):
         assert names <= set(entry.options)
         assert not set(entry.options) & set(OWNED)

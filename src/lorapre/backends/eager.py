@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorapre import factors
+from lorapre import factors, spectral
 from lorapre.backends.batches import Bucket, Piece
 from lorapre.factors import BiasCorrection, Coefficient, Regressor
 
@@ -27,6 +27,7 @@ class AdamHyperparameters:
     residual_gain: float
     bounded: bool
     update_clipping: bool
+    spectral_clipping: float | None
     regressor: Regressor
     bias_correction: BiasCorrection
 
@@ -42,7 +43,7 @@ def lorapre_adamw(bucket: Bucket, hyper: AdamHyperparameters) -> None:
 
 
 def _adamw_piece(piece: Piece, hyper: AdamHyperparameters) -> None:
-    v_hat = _second_moment(piece, hyper)  # (n, p, q)
+    v_hat, means = _second_moment(piece, hyper)  # (n, p, q)
     eps: Coefficient = hyper.eps
     if hyper.relative_eps:
         eps = v_hat.mean(dim=(-2, -1), keepdim=True).sqrt().mul_(hyper.eps)
@@ -50,18 +51,22 @@ def _adamw_piece(piece: Piece, hyper: AdamHyperparameters) -> None:
     denominator = v_hat.sqrt_()
     if hyper.bounded:
         torch.threshold_(denominator, 0.0, math.inf)  # where v is 0 nothing moves; a mask takes three times as long
-    rate: Coefficient = piece.on * hyper.lr * hyper.scale
+    divisor = torch.ones((), dtype=denominator.dtype, device=denominator.device)
     if hyper.update_clipping:
         whole = denominator if hyper.bounded else denominator.masked_fill(denominator == 0, math.inf)
         surprise = torch.div(piece.G, whole, out=piece.buffer("scratch"))
         norm = torch.linalg.vector_norm(surprise, dim=(-2, -1), keepdim=True)
-        rate = rate / (norm / surprise[0].numel() ** 0.5).clamp_(min=1.0)  # (n, 1, 1)
+        divisor = torch.maximum(divisor, norm / surprise[0].numel() ** 0.5)  # (n, 1, 1)
     update = _first_moment(piece, hyper)  # (n, p, q), bias-corrected; the gradients are gone
+    if hyper.spectral_clipping is not None:
+        assert means is not None
+        limit = hyper.spectral_clipping * spectral.random_norm(*update.shape[1:])
+        divisor = torch.maximum(divisor, spectral.norm(update, *means) / limit)
     update.div_(denominator.add_(eps))
     if hyper.bounded:
         limit = factors.update_bound(hyper.beta2)
         update.clamp_(-limit, limit)
-    update.mul_(-rate)
+    update.mul_(-piece.on * hyper.lr * hyper.scale / divisor)
     piece.apply(update, 1.0 - piece.on * hyper.lr * hyper.weight_decay, scratch=denominator)
 
 
@@ -107,8 +112,11 @@ def _first_moment(piece: Piece, hyper: AdamHyperparameters) -> Tensor:
     return momentum(piece, hyper.regressor, keep=keep, inside=inside, outside=outside, decay=beta1, gain=1.0 - beta1)
 
 
-def _second_moment(piece: Piece, hyper: AdamHyperparameters) -> Tensor:
-    """vhat_t (n, p, q) from the state of step t - 1, which advances."""
+def _second_moment(piece: Piece, hyper: AdamHyperparameters) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """vhat_t (n, p, q) from the state of step t - 1, which advances; where asked for, its means by row and by column.
+
+    Where v is of rank 1 the column means are those of step t - 1, as no others are there yet when a kernel needs them.
+    """
     G, beta2 = piece.G, hyper.beta2
     rate = piece.on * (1.0 - beta2)
     correction: Coefficient = 1.0 - beta2**piece.step
@@ -118,10 +126,11 @@ def _second_moment(piece: Piece, hyper: AdamHyperparameters) -> Tensor:
         piece["exp_avg_sq"] = v
     elif "v_row" in piece:
         row, col = piece["v_row"], piece["v_col"]
-        v, piece["v_row"], piece["v_col"] = factors.rank1_second_moment(
+        v, new_row, piece["v_col"] = factors.rank1_second_moment(
             row, col, G, beta2, rate, correction, out=piece.buffer("v")
         )
-        return v
+        piece["v_row"] = new_row
+        return v, (new_row / correction, col)
     else:
         B, A = piece["v_B"], piece["v_A"]
         v = factors.second_moment(B, A, G, beta2)
@@ -132,4 +141,7 @@ def _second_moment(piece: Piece, hyper: AdamHyperparameters) -> Tensor:
             B, A, magnitude, left, decay=decay, gain=1.0 - decay, on=piece.enabled
         )
         correction = factors.second_moment_correction(beta2, piece.step, hyper.bias_correction)
-    return v.div_(correction)
+    v.div_(correction)
+    if hyper.spectral_clipping is None:
+        return v, None
+    return v, (v.mean(dim=-1, keepdim=True), v.mean(dim=-2, keepdim=True))

@@ -26,7 +26,7 @@ class LoRAPreAdamW(DenseAdamW):
 
     Each step forms m_t from the momentum of step t - 1 and the whole gradient, so the weight update is full-rank, and
     then moves the factors towards the new average. A matrix of shape (p, q) costs (p + q) (r + 1) numbers of state
-    instead of AdamW's 2 p q. The defaults are equations (11) to (14) of `lorapre.reference`; `paper` is Algorithm 1.
+    instead of AdamW's 2 p q. The defaults are equations (11) to (15) of `lorapre.reference`; `paper` is Algorithm 1.
 
     Matrices with min(p, q) > rank are compressed, stacks of matrices (3-D) one by one, convolutions as
     (out, in * kernel). All other parameters take torch's own AdamW with the same lr, betas, eps and weight decay.
@@ -59,6 +59,10 @@ class LoRAPreAdamW(DenseAdamW):
             where v is 0 (a column that never had a gradient) nothing moves, as under Adam.
         update_clipping: divide the update of a compressed matrix by max(1, RMS of G / sqrt(v)) (14), as StableAdamW
             does (arXiv 2304.13013): a gradient that v did not expect moves the weights no further than others.
+        spectral_clipping: divide the update of a compressed matrix so that its largest singular value, estimated by a
+            sketch (15), is at most this times sqrt(p) + sqrt(q), which a random matrix has whose elements are of
+            mean square 1. Outside the subspace the gradient is not averaged, and a direction in which it turns round
+            from step to step would grow. None switches it off.
         scale: multiplies the update of compressed matrices, not their weight decay; GaLore and the paper use 0.25.
         backend: "triton" steps compressed matrices by kernels that hold no temporary of a matrix's size, "eager" in
             batched torch; "auto" takes the kernels where `lorapre.backends.dispatch.MEASURED` says so.
@@ -101,6 +105,7 @@ class LoRAPreAdamW(DenseAdamW):
         eps_mode: Literal["absolute", "relative"] = "relative",
         bounded: bool = True,
         update_clipping: bool = True,
+        spectral_clipping: float | None = 3.0,
         scale: float = 1.0,
         backend: Backend = "auto",
         view_3d: View3D = "stack",
@@ -127,6 +132,11 @@ class LoRAPreAdamW(DenseAdamW):
         check_choice("backend", group["backend"], ("auto", "eager", "triton"))
         check_choice("eps_mode", group["eps_mode"], ("absolute", "relative"))
         check_choice("second_moment", group["second_moment"], ("rank1", "hadamard", "full"))
+        limit = group["spectral_clipping"]
+        if limit is not None and not 0 < limit < float("inf"):
+            raise ValueError(
+                f"Invalid spectral_clipping: {limit}. Give a number above 0, such as 3.0, or None to switch it off."
+            )
         if group["second_moment_rank"] is not None:
             check_rank(group["second_moment_rank"], "second_moment_rank")
             if group["second_moment"] != "hadamard":
@@ -172,6 +182,7 @@ class LoRAPreAdamW(DenseAdamW):
             residual_gain=1.0 - beta1 if gain is None else gain,
             bounded=group["bounded"],
             update_clipping=group["update_clipping"],
+            spectral_clipping=group["spectral_clipping"],
             regressor=self._regressor(group),
             bias_correction=group["bias_correction"],
         )
@@ -190,5 +201,6 @@ PAPER_PRESET: Mapping[str, Any] = {
     "eps_mode": "absolute",
     "bounded": False,
     "update_clipping": False,
+    "spectral_clipping": None,
     "scale": 0.25,
 }

@@ -196,6 +196,8 @@ class FactoredOptimizer(SettlingOptimizer):
         defaults = state.get("defaults", getattr(self, "defaults", {}))
         if "defaults" in state:
             defaults.setdefault("stochastic_rounding", False)  # older pickles have no such option
+            if "update_clipping" in defaults:
+                defaults.setdefault("spectral_clipping", None)
         for group in state["param_groups"]:
             for key, value in defaults.items():
                 group.setdefault(key, value)
