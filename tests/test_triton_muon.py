@@ -260,7 +260,7 @@ def test_a_bad_step_changes_nothing_and_the_next_call_says_which_gradient_it_was
             said = [record.getMessage() for record in caplog.records]
             assert said == ["LoRAPreMuon skips a step: the gradient of parameter 'stack' holds inf or nan"]
         else:
-            with pytest.raises(NonFiniteGradientError, match="'matrix' holds inf or nan.*the step before, which"):
+            with pytest.raises(NonFiniteGradientError, match=r"'matrix' holds inf or nan.*the step before, which"):
                 optimizer.settle()
     assert_same_bits(snapshot(optimizer), before)
 
