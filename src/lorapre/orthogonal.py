@@ -25,19 +25,15 @@ def newton_schulz(M: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
     X = M / M.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(M.dtype).tiny)
     X = X / torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(M.dtype).tiny)
     X = X.to(M.dtype if dtype is None else dtype)
-    X = iterate(X.mT if tall else X, steps)
+    if tall:
+        X = X.mT
+    for _ in range(steps):
+        X = quintic(X)
     return (X.mT if tall else X).to(M.dtype)
 
 
-def iterate(X: Tensor, steps: int, spare: Tensor | None = None) -> Tensor:
-    """Equation (10) on each X (n, k, l), k <= l, whose norm is at most 1, in X's dtype.
-
-    With ``spare``, like X, the iterates take turns in the two: nothing else of this size is allocated.
-    """
+def quintic(X: Tensor, out: Tensor | None = None) -> Tensor:
+    """One iteration on each X (n, k, l), k <= l, of norm at most 1 at first; ``out``, like X, takes the result."""
     a, b, c = COEFFICIENTS
-    for _ in range(steps):
-        S = torch.bmm(X, X.mT)  # (n, k, k)
-        following = torch.baddbmm(X, torch.baddbmm(S, S, S, beta=b, alpha=c), X, beta=a, out=spare)
-        spare = None if spare is None else X
-        X = following
-    return X
+    S = torch.bmm(X, X.mT)  # (n, k, k)
+    return torch.baddbmm(X, torch.baddbmm(S, S, S, beta=b, alpha=c), X, beta=a, out=out)

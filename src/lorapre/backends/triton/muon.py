@@ -18,7 +18,7 @@ from lorapre.backends.triton import muon_pass, table
 from lorapre.backends.triton.adamw import SubspaceStep
 from lorapre.backends.triton.layout import Layouts
 from lorapre.backends.triton.step import TYPES
-from lorapre.orthogonal import iterate
+from lorapre.orthogonal import quintic
 
 
 @dataclass(frozen=True)
@@ -136,9 +136,13 @@ class MuonStep(SubspaceStep):
         muon_pass.normalize[(batch.count * math.ceil(numel / table.ELEMENTS),)](
             M, parts, tiles, numel, M_TYPE=TYPES[self.M_dtype], BLOCK=table.ELEMENTS
         )
-        tall = batch.p > batch.q
-        done = iterate(M.mT if tall else M, self.hyper.ns_steps, spare.mT if tall else spare)
-        return done.mT if tall else done
+        for _ in range(self.hyper.ns_steps):
+            if batch.p > batch.q:
+                quintic(M.mT, out=spare.mT)
+            else:
+                quintic(M, out=spare)
+            M, spare = spare, M
+        return M
 
     def _turn(self, batch: _Batch, O: Tensor) -> None:  # noqa: E741  (the paper's name)
         """The weights along ``O``, each by its average."""
