@@ -150,7 +150,7 @@ def test_the_cuts_into_blocks_and_tiles_change_nothing(
     run_beside_the_formulas(case, device)
 
 
-@pytest.mark.parametrize(("exponent", "steps"), [(-24, 1), (-15, 2), (15, 2)])
+@pytest.mark.parametrize(("exponent", "steps"), [(-24, 1), (15, 2)])
 def test_the_scale_of_the_gradients_means_nothing(exponent: int, steps: int, device: torch.device) -> None:
     # 1e-24 squared is nothing in float32: the bases, as in batched torch, stay what they are then
     usual, scaled = (build(((13, 20),), device) for _ in range(2))
