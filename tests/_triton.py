@@ -110,7 +110,7 @@ class TritonAdamW(LoRAPreAdamW):
             return Opened(proceed)
         if not hasattr(self, "layouts"):
             self.layouts = Layouts()
-        return backend.open_adamw(jobs, self.layouts)
+        return backend.open_step(jobs, self.layouts)
 
     def step_buckets(self, buckets: list[Bucket], group: dict[str, Any]) -> None:
         """The kernels alone: no check, no counters."""

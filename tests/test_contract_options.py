@@ -228,6 +228,7 @@ OWN: dict[Kind, dict[str, Any]] = {
         "ns_steps": 2,
         "ns_dtype": torch.float32,
         "adjust_lr_fn": "original",
+        "backend": "eager",
         "normalization": "rows",
         "scale": 0.5,
     },

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import Tensor
@@ -42,7 +40,7 @@ def orthonormalize(X: Tensor, *, right: bool = False) -> tuple[Tensor, Tensor]:
     scratch = torch.zeros((n, each), device=X.device)
     scratch[:, : r * column].view(n, r, column)[:, :, :p] = X.mT
     step.U = step.X = step.L = scratch.flatten()
-    step.hyper, step.S_dtype = SimpleNamespace(beta1=0.9), X.dtype
+    step.decay, step.gain, step.S_dtype = 0.9, 0.1, X.dtype
     step.sizes = X.abs().amax(dim=(1, 2)) * (3 if right else 1)
     step.T, step.triangles, step.lower = (step._squares(n) for _ in range(3))
     step.coefficients = torch.ones((n, elements.COLUMNS), device=X.device)

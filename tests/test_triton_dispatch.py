@@ -36,7 +36,7 @@ def train(optimizer: LoRAPreAdamW, steps: int, seed: int = 0) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the backends in the order in which they stepped buckets."""
     made: list[str] = []
-    for module, name, function in ((eager, "eager", "lorapre_adamw"), (backend, "triton", "open_adamw")):
+    for module, name, function in ((eager, "eager", "lorapre_adamw"), (backend, "triton", "open_step")):
         original = getattr(module, function)
 
         def counted(*args: Any, original: Any = original, name: str = name, **kwargs: Any) -> Any:
@@ -64,11 +64,11 @@ def test_auto_takes_the_kernels_up_to_the_rank_at_which_they_were_measured_to_be
     device: torch.device, calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for largest, expected in ((0, "eager"), (3, "eager"), (4, "triton")):
-        monkeypatch.setattr(dispatch, "MEASURED", {device.type: largest})
+        monkeypatch.setattr(dispatch, "MEASURED", {"adamw": {device.type: largest}, "muon": {}})
         trained(device, steps=1)
         assert set(calls) == {expected}
         calls.clear()
-    monkeypatch.setattr(dispatch, "MEASURED", {"another": 512})
+    monkeypatch.setattr(dispatch, "MEASURED", {"adamw": {"another": 512}})
     trained(device, steps=1)
     assert set(calls) == {"eager"}
 
@@ -79,7 +79,7 @@ def test_what_only_batched_torch_can_do_is_refused_by_the_kernels_and_logged_by_
     with pytest.raises(ValueError, match=r"backend='triton' cannot step .*\(17, 33\): regression='tangent'.*'auto'"):
         trained(device, backend="triton", regression="tangent")
     assert calls == []
-    monkeypatch.setattr(dispatch, "MEASURED", {device.type: 512})
+    monkeypatch.setattr(dispatch, "MEASURED", {"adamw": {device.type: 512}})
     monkeypatch.setattr(dispatch, "_said", set())
     with caplog.at_level(logging.INFO, logger="lorapre"):
         trained(device, regression="tangent")

@@ -198,7 +198,7 @@ def test_strides_that_are_no_matrix_s_are_refused_and_the_step_raises(device: to
     ):
         assert "strides" in str(backend.supports(wrong, hyper))
         with pytest.raises(ValueError, match="strides"):
-            backend.open_adamw([([wrong], hyper)], Layouts())
+            backend.open_step([([wrong], hyper)], Layouts())
     factor = bucket.state["m_A"][0].mT.contiguous().mT
     crooked = replace(bucket, state={**bucket.state, "m_A": [factor, bucket.state["m_A"][1]]})
     assert "contiguous" in str(backend.supports(crooked, hyper))
@@ -227,15 +227,15 @@ def test_the_cpu_is_refused_without_the_interpreter() -> None:
     assert "TRITON_INTERPRET" in isolated(code)
 
 
-COMPILE = """
+BUILD = """
 import triton.language as tl
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lorapre.backends.triton import bases, cholesky, elements, first_pass, second_pass, table
+from lorapre.backends.triton import table
 
-numbers = "decay gain beta2 eps keep cross outside v_scale rate step limit shift".split()
-integers = "n seed right_programs".split()
+numbers = "decay gain ahead beta2 eps keep cross outside v_scale rate step limit shift weight factor".split()
+integers = "n seed right_programs first tiles row_tiles col_tiles numel".split()
 lists = "items starts right_items left_items".split()
 
 def build(kernel, target, blocks=None, **constants):
@@ -252,6 +252,9 @@ def build(kernel, target, blocks=None, **constants):
     source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()})
     options = table.launch(blocks) if blocks else {}
     return compile(source, target=target, options=options)
+"""
+COMPILE = """
+from lorapre.backends.triton import bases, cholesky, elements, first_pass, second_pass
 
 for target, rank, kind, narrow, precision in (
     (GPUTarget("cuda", 90, 32), 160, tl.bfloat16, True, "tf32"),
@@ -293,4 +296,4 @@ for target, rank, kind, narrow, precision in (
 def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Any) -> None:
     # The interpreter takes what the compiler does not.
     pytest.importorskip("triton.backends.nvidia")
-    assert isolated(COMPILE, TRITON_CACHE_DIR=str(tmp_path)) == "cubin True\nhsaco True"
+    assert isolated(BUILD + COMPILE, TRITON_CACHE_DIR=str(tmp_path)) == "cubin True\nhsaco True"

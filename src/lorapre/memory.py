@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 from lorapre.backends import rounding
 from lorapre.backends.batches import scratch_numel
+from lorapre.backends.triton import table
 from lorapre.optim.adamw import LoRAPreAdamW
 from lorapre.optim.base import FactoredOptimizer, Group
 from lorapre.optim.dense import DenseAdamW
@@ -32,7 +33,7 @@ class MemoryEstimate:
 
     ``state`` and ``adamw_state`` are exact; ``scratch`` bounds what ``step()`` allocates on top, for one batch
     of matrices at a time, as on a GPU (gradients, momentum and more in float32 or wider, and the factors), or all dense
-    parameters of a group.
+    parameters of a group. With ``backend="triton"`` it is what the kernels allocate.
     """
 
     weights: int
@@ -109,6 +110,7 @@ def scratch_bytes(optimizer: Optimizer) -> int | None:
     # Buffers of a matrix's size are shared by all that have one dtype; the rest is freed after each piece.
     buffers: dict[tuple[int, torch.device], int] = {}
     rest = 0
+    kernels = _KernelScratch()
     for group in optimizer.param_groups:
         buckets: Counter[tuple[_Kind, torch.device, int]] = Counter()
         dense, rounded = [], [0]
@@ -117,6 +119,8 @@ def scratch_bytes(optimizer: Optimizer) -> int | None:
             if kind.view is None and isinstance(optimizer, DenseAdamW):
                 dense.append(kind)
                 rounded.append(_rounding_scratch(param, group))
+            elif kind.view is not None and group.get("backend") == "triton":
+                kernels.add(param, kind.view, optimizer, group)
             elif kind.numel:
                 buckets[kind, param.device, _rounding_scratch(param, group)] += 1
         peaks.append(_adamw_scratch(dense, group, max(rounded)))
@@ -125,7 +129,39 @@ def scratch_bytes(optimizer: Optimizer) -> int | None:
             shared, own = _at_once(kind, optimizer, group)
             buffers[kind.width, device] = max(buffers.get((kind.width, device), 0), together * shared)
             rest = max(rest, together * own + by_chance)
-    return max(*peaks, sum(buffers.values()) + rest)
+    return max(*peaks, kernels.peak, sum(buffers.values()) + rest)
+
+
+@dataclass
+class _KernelScratch:
+    """What the kernels hold for all matrices that they step: in turns, where that is above a limit."""
+
+    weights: int = 0
+    factors: int = 0
+    largest: int = 0
+    iterates: Counter[tuple[MatrixView, torch.dtype]] = field(default_factory=Counter)
+
+    def add(self, param: Tensor, view: MatrixView, optimizer: FactoredOptimizer, group: Group) -> None:
+        """Count one parameter."""
+        if group["regression"] == "newton":
+            rank = group.get("second_moment_rank")
+            each = table.newton_scratch_bytes(view, view.rank if rank is None else with_rank(view, rank).rank)
+        else:
+            each = table.scratch_bytes(view, optimizer._state_dtype(param, group))
+        self.weights += param.numel() * param.element_size()
+        self.factors += each
+        self.largest = max(self.largest, each)
+        if isinstance(optimizer, LoRAPreMuon):
+            dtype = optimizer._hyperparameters(group, param.device).iterates_in(param)
+            self.iterates[view, dtype or torch.float32] += 1
+
+    @property
+    def peak(self) -> int:
+        """Factors of as many as the limit allows or of the largest one, and the iterates of one batch."""
+        batches = (
+            table.muon_scratch_bytes(view, dtype, self.weights, count) for (view, dtype), count in self.iterates.items()
+        )
+        return max(self.largest, min(self.factors, table.scratch_limit(self.weights))) + max(batches, default=0)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ def newton_schulz(M: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
     Returns:
         (n, p, q) in M's dtype.
     """
-    a, b, c = COEFFICIENTS
     tall = M.shape[-2] > M.shape[-1]
     # By its largest element first: squares of tiny elements would underflow.
     X = M / M.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(M.dtype).tiny)
@@ -29,6 +28,12 @@ def newton_schulz(M: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -
     if tall:
         X = X.mT
     for _ in range(steps):
-        S = torch.bmm(X, X.mT)  # (n, k, k), k = min(p, q)
-        X = torch.baddbmm(X, torch.baddbmm(S, S, S, beta=b, alpha=c), X, beta=a)
+        X = quintic(X)
     return (X.mT if tall else X).to(M.dtype)
+
+
+def quintic(X: Tensor, out: Tensor | None = None) -> Tensor:
+    """One iteration on each X (n, k, l), k <= l, of norm at most 1 at first; ``out``, like X, takes the result."""
+    a, b, c = COEFFICIENTS
+    S = torch.bmm(X, X.mT)  # (n, k, k)
+    return torch.baddbmm(X, torch.baddbmm(S, S, S, beta=b, alpha=c), X, beta=a, out=out)

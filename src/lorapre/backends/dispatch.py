@@ -9,17 +9,18 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from lorapre.backends import eager, triton
+from lorapre.backends import eager, eager_muon, triton
 from lorapre.backends.batches import Bucket
-from lorapre.backends.eager import AdamHyperparameters
+from lorapre.backends.eager_muon import Hyperparameters, MuonHyperparameters
 from lorapre.backends.opened import Opened
 from lorapre.backends.triton import Layouts
 
 Backend: TypeAlias = Literal["auto", "eager", "triton"]
 
-#: What "auto" steps by the kernels: types of devices, each with the largest rank at which a measurement has shown them
-#: ahead of batched torch (benchmarks/step_time). None has yet, and so "auto" is batched torch everywhere.
-MEASURED: dict[str, int] = {}
+#: What "auto" steps by the kernels, under Adam and under Muon: types of devices, each with the largest rank at which a
+#: measurement has shown them ahead of batched torch (benchmarks/step_time). None has yet, and so "auto" is batched
+#: torch everywhere.
+MEASURED: dict[Literal["adamw", "muon"], dict[str, int]] = {"adamw": {}, "muon": {}}
 
 _logger = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -34,12 +35,12 @@ class Job:
     """
 
     buckets: Sequence[Bucket]
-    hyper: AdamHyperparameters
+    hyper: Hyperparameters
     backend: Backend
 
 
-def open_adamw(jobs: Sequence[Job], layouts: Layouts) -> Opened:
-    """Begin one step of LoRA-Pre Adam for all matrices of an optimizer, by the kernels or by batched torch.
+def open_step(jobs: Sequence[Job], layouts: Layouts) -> Opened:
+    """Begin one step of LoRA-Pre Adam or Muon for all matrices of an optimizer, by the kernels or by batched torch.
 
     Args:
         jobs: the matrices.
@@ -50,16 +51,23 @@ def open_adamw(jobs: Sequence[Job], layouts: Layouts) -> Opened:
     """
     parted = [(job, *_parted(job)) for job in jobs]
     work = [(by_kernels, job.hyper) for job, by_kernels, _ in parted if by_kernels]
-    opened = triton.open_adamw(work, layouts) if work else None
+    opened = triton.open_step(work, layouts) if work else None
 
     def proceed(enabled: Tensor | None) -> None:
         if opened is not None:
             opened.proceed(enabled)
         for job, _, in_torch in parted:
             for bucket in in_torch:
-                eager.lorapre_adamw(bucket.where(enabled), job.hyper)
+                _step_in_torch(bucket.where(enabled), job.hyper)
 
     return Opened(proceed) if opened is None else replace(opened, proceed=proceed)
+
+
+def _step_in_torch(bucket: Bucket, hyper: Hyperparameters) -> None:
+    if isinstance(hyper, MuonHyperparameters):
+        eager_muon.lorapre_muon(bucket, hyper)
+    else:
+        eager.lorapre_adamw(bucket, hyper)
 
 
 def _parted(job: Job) -> tuple[list[Bucket], list[Bucket]]:
@@ -67,7 +75,7 @@ def _parted(job: Job) -> tuple[list[Bucket], list[Bucket]]:
     by_kernels, in_torch = [], []
     for bucket in job.buckets:
         backend = job.backend
-        if backend == "eager" or (backend == "auto" and not _measured(bucket)):
+        if backend == "eager" or (backend == "auto" and not _measured(bucket, job.hyper)):
             in_torch.append(bucket)
             continue
         reason = triton.supports(bucket, job.hyper)
@@ -84,8 +92,9 @@ def _parted(job: Job) -> tuple[list[Bucket], list[Bucket]]:
     return by_kernels, in_torch
 
 
-def _measured(bucket: Bucket) -> bool:
-    return bucket.view.rank <= MEASURED.get(bucket.params[0].device.type, 0)
+def _measured(bucket: Bucket, hyper: Hyperparameters) -> bool:
+    largest = MEASURED["muon" if isinstance(hyper, MuonHyperparameters) else "adamw"]
+    return bucket.view.rank <= largest.get(bucket.params[0].device.type, 0)
 
 
 def _say_once(message: str) -> None:

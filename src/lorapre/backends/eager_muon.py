@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lorapre import factors
 from lorapre.backends.batches import Bucket, Piece
-from lorapre.backends.eager import momentum
+from lorapre.backends.eager import AdamHyperparameters, momentum
 from lorapre.factors import Coefficient, Regressor
 from lorapre.orthogonal import newton_schulz
 
@@ -38,6 +38,16 @@ class MuonHyperparameters:
     weight_decay: float
     scale: float
 
+    def iterates_in(self, weight: Tensor) -> torch.dtype | None:
+        """The dtype of Newton-Schulz for ``weight``; None is that of the momentum, which is float32 or wider."""
+        if self.ns_dtype is None and weight.device.type != "cpu" and weight.dtype != torch.float64:
+            return torch.bfloat16
+        return self.ns_dtype
+
+
+#: The options of whatever the kernels step.
+Hyperparameters: TypeAlias = AdamHyperparameters | MuonHyperparameters
+
 
 def shape_factor(kind: ShapeScale, p: int, q: int) -> float:
     """The two usual scales of Muon: sqrt(max(1, p/q)), or 0.2 sqrt(max(p, q)), whose updates have AdamW's RMS."""
@@ -47,14 +57,15 @@ def shape_factor(kind: ShapeScale, p: int, q: int) -> float:
 def lorapre_muon(bucket: Bucket, hyper: MuonHyperparameters) -> None:
     """One step of LoRA-Pre Muon for a bucket of matrices, equations (8) to (10), in place."""
     factor = hyper.scale * shape_factor(hyper.shape_scale, bucket.view.p, bucket.view.q)
+    dtype = hyper.iterates_in(bucket.params[0])
     for piece in bucket.pieces():
-        _muon_piece(piece, hyper, factor)
+        _muon_piece(piece, hyper, factor, dtype)
 
 
-def _muon_piece(piece: Piece, hyper: MuonHyperparameters, factor: float) -> None:
+def _muon_piece(piece: Piece, hyper: MuonHyperparameters, factor: float, dtype: torch.dtype | None) -> None:
     keep, inside, outside = factors.sum_weights(hyper.mu, hyper.nesterov, hyper.residual_gain)
     m = momentum(piece, hyper.regressor, keep=keep, inside=inside, outside=outside, decay=hyper.mu, gain=1.0)
-    update = newton_schulz(m, hyper.ns_steps, hyper.ns_dtype)  # equations (8) and (10)
+    update = newton_schulz(m, hyper.ns_steps, dtype)  # equations (8) and (10)
     del m
     for key, side in (("u_row", -1), ("u_col", -2)):
         if key in piece:

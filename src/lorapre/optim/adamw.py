@@ -9,19 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lorapre.backends import dispatch
-from lorapre.backends.dispatch import Backend, Job
+from lorapre.backends.dispatch import Backend
 from lorapre.backends.eager import AdamHyperparameters
-from lorapre.backends.opened import Opened
-from lorapre.backends.triton import Layouts
 from lorapre.factors import Regression
-from lorapre.optim.base import Group, Work, keywords
+from lorapre.optim.backed import BackedOptimizer
+from lorapre.optim.base import Group, keywords
 from lorapre.optim.checks import check_betas, check_choice
-from lorapre.optim.dense import DenseAdamW
 from lorapre.routing import MatrixView, View3D, check_rank, with_rank
 
 
-class LoRAPreAdamW(DenseAdamW):
+class LoRAPreAdamW(BackedOptimizer):
     """AdamW with a low-rank momentum, m = m_B m_A, and a second moment of rank 1 (after arXiv 2602.24283).
 
     Each step forms m_t from the momentum of step t - 1 and the whole gradient, so the weight update is full-rank, and
@@ -129,7 +126,6 @@ class LoRAPreAdamW(DenseAdamW):
         super()._check_group(group)
         check_betas(group["betas"])
         check_choice("bias_correction", group["bias_correction"], ("paper", "exact"))
-        check_choice("backend", group["backend"], ("auto", "eager", "triton"))
         check_choice("eps_mode", group["eps_mode"], ("absolute", "relative"))
         check_choice("second_moment", group["second_moment"], ("rank1", "hadamard", "full"))
         limit = group["spectral_clipping"]
@@ -159,14 +155,6 @@ class LoRAPreAdamW(DenseAdamW):
         else:
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         return state
-
-    def _open(self, work: Work) -> Opened:
-        layouts: Layouts = self.__dict__.setdefault("_layouts", Layouts())  # no copy and no pickle has it
-        jobs = [
-            Job(buckets, self._hyperparameters(group, buckets[0].params[0].device), group["backend"])
-            for buckets, group in work
-        ]
-        return dispatch.open_adamw(jobs, layouts)
 
     def _hyperparameters(self, group: Group, device: torch.device) -> AdamHyperparameters:
         beta1, beta2 = group["betas"]

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lorapre.backends.batches import Bucket
-from lorapre.backends.eager_muon import MuonHyperparameters, Normalization, ShapeScale, lorapre_muon
+from lorapre.backends.dispatch import Backend
+from lorapre.backends.eager_muon import MuonHyperparameters, Normalization, ShapeScale
 from lorapre.factors import Regression
+from lorapre.optim.backed import BackedOptimizer
 from lorapre.optim.base import Group, keywords
 from lorapre.optim.checks import check_betas, check_choice, check_momentum
-from lorapre.optim.dense import DenseAdamW
 from lorapre.routing import MatrixView, View3D
 
 
-class LoRAPreMuon(DenseAdamW):
+class LoRAPreMuon(BackedOptimizer):
     """Muon with a low-rank momentum: W moves along the polar factor of mu m_B m_A + G (arXiv 2602.24283).
 
     A matrix of shape (p, q) costs (p + q) r numbers of state instead of Muon's p q. Matrices with min(p, q) > rank
@@ -51,6 +51,9 @@ class LoRAPreMuon(DenseAdamW):
         damping: added to the diagonal of the r x r matrices that "newton" inverts, above 0.
         damping_mode: "relative" to their mean diagonal, or "absolute" as in the paper.
         scale: multiplies the update of compressed matrices, not their weight decay.
+        backend: "triton" steps compressed matrices with the "subspace" regression by kernels, and Newton-Schulz, whose
+            iterates are the only temporaries of a matrix's size, in its own dtype; "eager" in batched torch; "auto"
+            takes the kernels where `lorapre.backends.dispatch.MEASURED` says so.
         view_3d: a 3-D weight is a "stack" of matrices, or to be flattened to (out, in * kernel): "flatten".
         state_dtype: dtype of the state; None is the parameter's own, but at least float32.
         stochastic_rounding: round new bfloat16 weights up or down by chance, drawn from ``seed``, the step and the
@@ -61,7 +64,8 @@ class LoRAPreMuon(DenseAdamW):
         maximize: ascend instead of descend.
         capturable: keep the step counters on the device, so that ``step()`` can be captured in a CUDA graph.
         nonfinite: what to do when a gradient holds inf or nan: "raise" a RuntimeError, or "skip" the whole step.
-            None means "raise", or "skip" with ``capturable``, where it must be.
+            None means "raise", or "skip" with ``capturable``, where it must be. Where kernels take part it is said by
+            the next call, as by `LoRAPreAdamW`.
 
     Raises:
         ValueError: an option is out of range, or ``stochastic_rounding`` is on without any bfloat16 parameter.
@@ -88,6 +92,7 @@ class LoRAPreMuon(DenseAdamW):
         damping: float = 1e-4,
         damping_mode: Literal["absolute", "relative"] = "relative",
         scale: float = 1.0,
+        backend: Backend = "auto",
         view_3d: View3D = "stack",
         state_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
@@ -126,26 +131,19 @@ class LoRAPreMuon(DenseAdamW):
             state[key] = self._init_average(param, view, group, size)
         return state
 
-    def _step_bucket(self, bucket: Bucket, group: Group) -> None:
-        device = bucket.params[0].device
-        ns_dtype = group["ns_dtype"]
-        if ns_dtype is None and device.type != "cpu" and bucket.params[0].dtype != torch.float64:
-            ns_dtype = torch.bfloat16
-        lorapre_muon(
-            bucket,
-            MuonHyperparameters(
-                lr=self._lr(group, device),
-                mu=group["momentum"],
-                nesterov=group["nesterov"],
-                residual_gain=group["residual_gain"],
-                regressor=self._regressor(group),
-                beta2=group["betas"][1],
-                ns_steps=group["ns_steps"],
-                ns_dtype=ns_dtype,
-                shape_scale=group["adjust_lr_fn"],
-                weight_decay=group["weight_decay"],
-                scale=group["scale"],
-            ),
+    def _hyperparameters(self, group: Group, device: torch.device) -> MuonHyperparameters:
+        return MuonHyperparameters(
+            lr=self._lr(group, device),
+            mu=group["momentum"],
+            nesterov=group["nesterov"],
+            residual_gain=group["residual_gain"],
+            regressor=self._regressor(group),
+            beta2=group["betas"][1],
+            ns_steps=group["ns_steps"],
+            ns_dtype=group["ns_dtype"],
+            shape_scale=group["adjust_lr_fn"],
+            weight_decay=group["weight_decay"],
+            scale=group["scale"],
         )
 
 

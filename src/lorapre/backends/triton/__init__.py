@@ -1,6 +1,8 @@
-"""LoRA-Pre Adam as Triton kernels: two passes over the gradients, with no scratch of a matrix's size.
+"""LoRA-Pre Adam and Muon as Triton kernels: two passes over the gradients, with no scratch of a matrix's size but
+Newton-Schulz's.
 
-The defaults of `lorapre.LoRAPreAdamW` and its paper preset, each with what differs little from it.
+The defaults of `lorapre.LoRAPreAdamW` and of `lorapre.LoRAPreMuon`, and the paper preset of the first, each with what
+differs little from it.
 
 Importing this package needs no triton; `supports` says why a bucket cannot be stepped here, and imports it.
 """
@@ -12,13 +14,15 @@ from functools import cache
 
 import torch
 
+from lorapre import factors
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
+from lorapre.backends.eager_muon import Hyperparameters, MuonHyperparameters
 from lorapre.backends.opened import Opened
 from lorapre.backends.triton import table
 from lorapre.backends.triton.layout import Layouts, place_of
 
-__all__ = ["Layouts", "cohorts", "open_adamw", "supports"]
+__all__ = ["Layouts", "cohorts", "open_step", "supports"]
 
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,6 +37,13 @@ _STATES = {
 
 #: Of the residual: m_B is found again from what took its place, divided by it (`elements.carry`).
 _LEAST_GAIN = 1e-3
+
+#: The same of Muon, where that is divided by the residual's weight less Nesterov's look ahead: as a share of what the
+#: other terms weigh.
+_LEAST_SHARE = 1e-2
+
+#: What is kept of a matrix under Muon.
+_MUON_STATES = (["m_A", "m_B"], ["m_A", "m_B", "u_col"], ["m_A", "m_B", "u_row"])
 
 
 @cache
@@ -60,8 +71,8 @@ def unavailable(device_type: str) -> str | None:
     return None if device_type == active else f"triton runs on {active}, not on {device_type}"
 
 
-def supports(bucket: Bucket, hyper: AdamHyperparameters) -> str | None:
-    """None where `open_adamw` can step this bucket, else the reason in words."""
+def supports(bucket: Bucket, hyper: Hyperparameters) -> str | None:
+    """None where `open_step` can step this bucket, else the reason in words."""
     if not bucket.params or bucket.params[0].numel() == 0:
         return "the bucket is empty"
     return (
@@ -69,7 +80,38 @@ def supports(bucket: Bucket, hyper: AdamHyperparameters) -> str | None:
     )
 
 
-def _unsupported_option(bucket: Bucket, hyper: AdamHyperparameters) -> str | None:
+def _unsupported_option(bucket: Bucket, hyper: Hyperparameters) -> str | None:
+    if isinstance(hyper, MuonHyperparameters):
+        reason = _unsupported_by_muon(bucket, hyper)
+    else:
+        reason = _unsupported_by_adam(bucket, hyper)
+    if reason is not None:
+        return reason
+    if max(_ranks(bucket)) > table.MAX_RANK:
+        return f"rank {max(_ranks(bucket))}, above {table.MAX_RANK}"
+    if bucket.rounding is not None and bucket.params[0].dtype != torch.bfloat16:
+        return f"stochastic rounding of {bucket.params[0].dtype}; it is for bfloat16"
+    return None
+
+
+def _unsupported_by_muon(bucket: Bucket, hyper: MuonHyperparameters) -> str | None:
+    regression = hyper.regressor.regression
+    if regression != "subspace":
+        return f"regression={regression!r}; the kernels step Muon with 'subspace' only"
+    if sorted(bucket.state) not in _MUON_STATES:
+        return f"the state {', '.join(sorted(bucket.state))}; the kernels keep m in factors only"
+    if hyper.ns_dtype == torch.float64:
+        return "ns_dtype=torch.float64"
+    keep, inside, outside = factors.sum_weights(hyper.mu, hyper.nesterov, hyper.residual_gain)
+    if abs(outside - hyper.nesterov) <= _LEAST_SHARE * (abs(inside - outside) + keep):
+        return (
+            f"residual_gain={hyper.residual_gain}, with which the residual weighs {outside:.3g}; the kernels take back "
+            f"what they divide by {'that less 1, with Nesterov' if hyper.nesterov else 'it'}"
+        )
+    return None
+
+
+def _unsupported_by_adam(bucket: Bucket, hyper: AdamHyperparameters) -> str | None:
     regression = hyper.regressor.regression
     if regression not in _STATES:
         return f"regression={regression!r}; the kernels follow 'subspace' and 'newton' only"
@@ -85,10 +127,6 @@ def _unsupported_option(bucket: Bucket, hyper: AdamHyperparameters) -> str | Non
         return "update_clipping=True; with regression='newton' the kernels form v once, together with the update"
     if regression == "subspace" and hyper.residual_gain < _LEAST_GAIN:
         return f"residual_gain={hyper.residual_gain}; the kernels take back what it divides, from {_LEAST_GAIN} on"
-    if max(_ranks(bucket)) > table.MAX_RANK:
-        return f"rank {max(_ranks(bucket))}, above {table.MAX_RANK}"
-    if bucket.rounding is not None and bucket.params[0].dtype != torch.bfloat16:
-        return f"stochastic rounding of {bucket.params[0].dtype}; it is for bfloat16"
     return None
 
 
@@ -113,7 +151,7 @@ def _unsupported_tensor(bucket: Bucket) -> str | None:
         place = place_of(tensors, view)
         if place is None:
             return f"{what} whose strides differ, or are not those of {view.p} x {view.q} matrices"
-        if view.p * place.row + view.q * place.col > _LARGEST_OFFSET:
+        if max(view.p * place.row + view.q * place.col, table.eights(view.p) * table.eights(view.q)) > _LARGEST_OFFSET:
             return f"{what} of {view.p} x {view.q}, a matrix too large for offsets of 32 bits"
     return None
 
@@ -130,18 +168,19 @@ def cohorts(buckets: Sequence[Bucket]) -> list[list[Bucket]]:
         step = None if isinstance(bucket.step, torch.Tensor) else bucket.step
         dtypes = bucket.params[0].dtype, bucket.grads[0].dtype, bucket.state["m_B"][0].dtype
         seed = None if bucket.rounding is None else bucket.rounding.seed
-        kept = tuple(sorted(bucket.state))
+        kept = tuple(sorted(bucket.state.keys() - {"u_row", "u_col"}))  # whose launches are a shape's
         key = (bucket.params[0].device, _ranks(bucket), dtypes, step, bucket.maximize, seed, kept)
         found.setdefault(key, []).append(bucket)
     return list(found.values())
 
 
-def open_adamw(work: Sequence[tuple[Sequence[Bucket], AdamHyperparameters]], layouts: Layouts) -> Opened:
-    """Begin one step of LoRA-Pre Adam for some buckets, each list of them with its options.
+def open_step(work: Sequence[tuple[Sequence[Bucket], Hyperparameters]], layouts: Layouts) -> Opened:
+    """Begin one step of LoRA-Pre Adam or Muon for some buckets, each list of them with its options.
 
-    See `lorapre.backends.triton.opening.open_cohorts`, and `lorapre.backends.triton.adamw.SubspaceStep` and
-    `lorapre.backends.triton.newton.step_buckets` for what is launched. The result of ``proceed`` is that of
-    `lorapre.backends.eager.lorapre_adamw` up to float32's rounding.
+    See `lorapre.backends.triton.opening.open_cohorts`, and `lorapre.backends.triton.adamw.AdamStep`,
+    `lorapre.backends.triton.muon.MuonStep` and `lorapre.backends.triton.newton.step_buckets` for what is launched. The
+    result of ``proceed`` is that of `lorapre.backends.eager.lorapre_adamw` or
+    `lorapre.backends.eager_muon.lorapre_muon` up to float32's rounding, and that of Newton-Schulz's dtype.
 
     Raises:
         ValueError: `supports` gives a reason against one of them. Nothing has been launched then.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from lorapre import factors, subspace
 from lorapre.backends import rounding
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
+from lorapre.backends.eager_muon import Hyperparameters
 from lorapre.backends.triton import bases, cholesky, elements, first_pass, second_pass, table
 from lorapre.backends.triton.layout import Layouts, Work
 from lorapre.backends.triton.step import TYPES, Step, on_device_of, turns
@@ -33,17 +34,10 @@ def turns_of(buckets: Sequence[Bucket]) -> Iterator[tuple[list[Bucket], int]]:
 
 
 class SubspaceStep(Step):
-    """One step of some buckets; the tensors between its kernels.
+    """One step of some buckets whose momentum M moves to decay M + gain G; the tensors between its kernels.
 
-    Two reads of G, one read and one write of W; besides them multiples of (p + q) r numbers a matrix. A second moment
-    in full takes one more read and write of v, and, with clipping or a relative eps, one more read. Until `proceed`
-    no weight and no state changes: whether G is finite is known when `read` has gone through it.
-
-    Launches, whatever the number of shapes: coefficients, pass 1, its sums, 7 for the left basis, what it carries over,
-    pass 2, 6 for the right basis, the new state: 19; one more where a mask arrives after the first pass. The two passes
-    are launched once for each order of the numbers of W, G and v. Beyond `lorapre.backends.triton.table.FUSED_RANK`
-    there are 5 more. With counters on the device the coefficients are some 20 operations on n numbers instead of one
-    launch.
+    Until `proceed` no weight and no state changes: whether G is finite is known when `read` has gone through it. What
+    subclasses add is the second pass, `_update`: the weights, and the right factors L = C A + gain U^T G.
 
     Args:
         buckets: matrices that `lorapre.backends.triton.supports`, of one device and rank, of one dtype each of
@@ -51,11 +45,27 @@ class SubspaceStep(Step):
             beginning.
         hyper: the options.
         layouts: remembers addresses from step to step.
+        decay: weight of the old momentum.
+        gain: weight of the gradient in the new one.
+        ahead: how much more than that of the gradient counts inside: see `lorapre.backends.triton.elements.carry`.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts) -> None:
+    #: What the first pass gathers of v, as its arguments.
+    _gathered: Mapping[str, bool] = {"CLIP": False, "FULL": False}
+
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        hyper: Hyperparameters,
+        layouts: Layouts,
+        *,
+        decay: float,
+        gain: float,
+        ahead: float = 0.0,
+    ) -> None:
         super().__init__(buckets, hyper, layouts)
         self.buckets = buckets
+        self.decay, self.gain, self.ahead, self.beta2 = decay, gain, ahead, hyper.beta2
         self.r = buckets[0].view.rank
         self.full = "exp_avg_sq" in buckets[0].state
         self.blocks = table.blocks(table.PROJECT, self.r, self.G_dtype.itemsize)
@@ -110,7 +120,7 @@ class SubspaceStep(Step):
         return torch.empty((count, self.r, self.r), dtype=torch.float32, device=self.device)
 
     def _project(self) -> None:
-        block, hyper = self.blocks, self.hyper
+        block = self.blocks
         for (_, order, V_order), work in self._kinds(self.matrices.p, block.rows):
             first_pass.project[(work.programs * self.project_parts,)](
                 self.matrices.table,
@@ -120,9 +130,9 @@ class SubspaceStep(Step):
                 self.U,
                 self.row_sums,
                 self.parts,
-                hyper.beta1,
-                1.0 - hyper.beta1,
-                hyper.beta2,
+                self.decay,
+                self.gain,
+                self.beta2,
                 G_TYPE=TYPES[self.G_dtype],
                 S_TYPE=TYPES[self.S_dtype],
                 R=self.r,
@@ -130,8 +140,7 @@ class SubspaceStep(Step):
                 BLOCK_P=block.rows,
                 BLOCK_Q=block.cols,
                 NEGATE=self.maximize,
-                CLIP=hyper.update_clipping,
-                FULL=self.full and (hyper.update_clipping or hyper.relative_eps),  # else nobody asks for v here
+                **self._gathered,
                 ORDER=order,
                 V_ORDER=V_order,
                 BF16=self._narrow,
@@ -167,11 +176,68 @@ class SubspaceStep(Step):
             self.triangles,
             self.coefficients,
             C,
-            1.0 - self.hyper.beta1,
+            self.gain,
+            self.ahead,
             R=self.r,
             BLOCK=table.ELEMENTS,
         )
         return C
+
+    def _update(self, C: Tensor) -> None:
+        """Write W and L, and the size of L's rows to `sizes`."""
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        block = table.finish_blocks(self.r)
+        right, left = (self._work(sizes, block.rows) for sizes in (self.matrices.q, self.matrices.p))
+        bases.finish[(right.programs + left.programs,)](
+            self.matrices.table,
+            right.items,
+            left.items,
+            right.programs,
+            self.coefficients,
+            self.U,
+            self.L,
+            self.T,
+            self.triangles,
+            self.row_sums,
+            self.beta2,
+            S_TYPE=TYPES[self.S_dtype],
+            R=self.r,
+            BLOCK_R=table.padded(self.r),
+            BLOCK=block.rows,
+            OUT=block.cols,
+            INNER=block.rank,
+            L_IN_STATE=self.L_in_state,
+            V_ROWS="v_row" in self.buckets[0].state,
+            PRECISION=table.PRECISION["bases"],
+            **table.launch(block),
+        )
+
+    @cached_property
+    def _narrow(self) -> bool:
+        return table.BF16_DOT and self.G_dtype == torch.bfloat16
+
+
+class AdamStep(SubspaceStep):
+    """One step of LoRA-Pre Adam.
+
+    Two reads of G, one read and one write of W; besides them multiples of (p + q) r numbers a matrix. A second moment
+    in full takes one more read and write of v, and, with clipping or a relative eps, one more read.
+
+    Launches, whatever the number of shapes: coefficients, pass 1, its sums, 7 for the left basis, what it carries over,
+    pass 2, 6 for the right basis, the new state: 19; one more where a mask arrives after the first pass. The two passes
+    are launched once for each order of the numbers of W, G and v. Beyond `lorapre.backends.triton.table.FUSED_RANK`
+    there are 5 more. With counters on the device the coefficients are some 20 operations on n numbers instead of one
+    launch.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts) -> None:
+        super().__init__(buckets, hyper, layouts, decay=hyper.beta1, gain=1.0 - hyper.beta1)
+        self.hyper = hyper
+        # Of a v in full nobody asks for more there.
+        full = self.full and (hyper.update_clipping or hyper.relative_eps)
+        self._gathered = {"CLIP": hyper.update_clipping, "FULL": full}
 
     def _update(self, C: Tensor) -> None:
         block, hyper = self.update_blocks, self.hyper
@@ -219,37 +285,6 @@ class SubspaceStep(Step):
                 **table.launch(block),
             )
 
-    def _finish(self) -> None:
-        block = table.finish_blocks(self.r)
-        right, left = (self._work(sizes, block.rows) for sizes in (self.matrices.q, self.matrices.p))
-        bases.finish[(right.programs + left.programs,)](
-            self.matrices.table,
-            right.items,
-            left.items,
-            right.programs,
-            self.coefficients,
-            self.U,
-            self.L,
-            self.T,
-            self.triangles,
-            self.row_sums,
-            self.hyper.beta2,
-            S_TYPE=TYPES[self.S_dtype],
-            R=self.r,
-            BLOCK_R=table.padded(self.r),
-            BLOCK=block.rows,
-            OUT=block.cols,
-            INNER=block.rank,
-            L_IN_STATE=self.L_in_state,
-            V_ROWS=not self.full,
-            PRECISION=table.PRECISION["bases"],
-            **table.launch(block),
-        )
-
-    @cached_property
-    def _narrow(self) -> bool:
-        return table.BF16_DOT and self.G_dtype == torch.bfloat16
-
 
 class _Side:
     """Cholesky QR of the left factors of a step, K, or of the right ones, L."""
@@ -265,8 +300,8 @@ class _Side:
     @property
     def _common(self) -> dict[str, Any]:
         return {
-            "decay": self.step.hyper.beta1,
-            "gain": 1.0 - self.step.hyper.beta1,
+            "decay": self.step.decay,
+            "gain": self.step.gain,
             "S_TYPE": TYPES[self.step.S_dtype],
             "R": self.step.r,
             "CHUNK": self.chunk,

@@ -186,6 +186,25 @@ def nearest(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def rounded(
+    w, seed, matrices, matrix, coefficients, rows, cols, q, W_TYPE: tl.constexpr, STOCHASTIC: tl.constexpr,
+    ROUNDS: tl.constexpr,
+):  # fmt: skip
+    """New weights of these rows and columns in their dtype: to nearest, or STOCHASTIC, drawn for each element."""
+    if STOCHASTIC:
+        element = (rows[:, None] * q + cols[None, :]).to(tl.uint32)
+        zero = element * 0
+        counter = zero + tl.load(coefficients + matrix * WIDTH + STEP).to(tl.uint32)
+        number = zero + field(matrices, matrix, NUMBER).to(tl.uint32)
+        stream = zero + field(matrices, matrix, STREAM).to(tl.uint32)
+        bits, _, _, _ = tl.philox(seed, element, number, counter, stream, ROUNDS)
+        new = cut(w, (bits >> 16).to(tl.int32))
+    else:
+        new = nearest(w, W_TYPE)
+    return new
+
+
+@triton.jit
 def fill(coefficients, enabled, keep, cross, outside, v_scale, rate, decay, step, n, MASKED: tl.constexpr):
     """One row of coefficients for all ``n`` matrices, from the host's numbers; ``enabled`` is one byte if MASKED."""
     row = tl.program_id(0) * 128 + tl.arange(0, 128)
@@ -217,11 +236,12 @@ def sum_of_chunks(products, starts, matrix, at, inside, R: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def carry(products, starts, triangles, coefficients, C, gain, R: tl.constexpr, BLOCK: tl.constexpr):
+def carry(products, starts, triangles, coefficients, C, gain, ahead, R: tl.constexpr, BLOCK: tl.constexpr):
     """C (n, R, R) = U^T (decay B), from U^T X and U^T K.
 
     X = keep B + cross G A^T takes B's place in the state, and K = decay B + gain G A^T is U times a triangle; of the
-    two, gain X - cross K = decay outside B.
+    two, gain X - cross K = decay (outside - ahead) B, where ``ahead`` is inside - gain keep / decay: 0, but 1 where
+    Nesterov's look ahead counts the gradient once more.
     """
     BLOCKS: tl.constexpr = (R * R + BLOCK - 1) // BLOCK
     pid = tl.program_id(0)
@@ -231,5 +251,5 @@ def carry(products, starts, triangles, coefficients, C, gain, R: tl.constexpr, B
     product = sum_of_chunks(products, starts, matrix, at, inside, R, BLOCK)
     triangle = tl.load(triangles + matrix * R * R + at, mask=inside, other=0.0)
     row = coefficients + matrix * WIDTH
-    value = (gain * product - tl.load(row + CROSS) * triangle) / tl.load(row + OUTSIDE)
+    value = (gain * product - tl.load(row + CROSS) * triangle) / (tl.load(row + OUTSIDE) - ahead)
     tl.store(C + matrix * R * R + at, value, mask=inside)

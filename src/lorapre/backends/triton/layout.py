@@ -31,10 +31,10 @@ COLUMNS = 20
 STRIDED, ROWS_ALIGNED, COLUMNS_ALIGNED, IN_ROWS, IN_COLUMNS = range(5)
 
 #: State in the order of its addresses in the table; v's two factors take the place of its row and column means, and v
-#: in full takes both.
+#: in full takes both. So does the one average of Muon's updates, and m_A where there is none: nobody reads it there.
 STATE = ("m_B", "m_A", "v_row", "v_col")
 FACTORS = ("m_B", "m_A", "v_B", "v_A")
-FULL = ("m_B", "m_A", "exp_avg_sq", "exp_avg_sq")
+ALONE = ("exp_avg_sq", "u_row", "u_col", "m_A")
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,11 @@ class Layouts:
 
 def state_of(bucket: Bucket) -> tuple[str, ...]:
     """The keys of a bucket's state in the table's order."""
-    if "exp_avg_sq" in bucket.state:
-        return FULL
-    return FACTORS if "v_B" in bucket.state else STATE
+    for keys in (STATE, FACTORS):
+        if keys[-1] in bucket.state:
+            return keys
+    key = next(key for key in ALONE if key in bucket.state)
+    return "m_B", "m_A", key, key
 
 
 def _numels(bucket: Bucket) -> tuple[int, ...]:

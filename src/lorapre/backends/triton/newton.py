@@ -43,6 +43,7 @@ class _Step(Step):
 
     def __init__(self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts) -> None:
         super().__init__(buckets, hyper, layouts)
+        self.hyper = hyper
         self.ranks = buckets[0].view.rank, second_rank(buckets[0])
         self.S_type = TYPES[self.S_dtype]
         self.relative = hyper.regressor.damping_mode == "relative"

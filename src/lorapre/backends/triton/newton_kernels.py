@@ -29,14 +29,11 @@ from lorapre.backends.triton.elements import (
     G_COL,
     G_ROW,
     KEEP,
-    NUMBER,
     ON,
     OUTSIDE,
     RATE,
     ROWS,
     ROWS_ALIGNED,
-    STEP,
-    STREAM,
     TINY,
     V_SCALE,
     W_COL,
@@ -49,9 +46,8 @@ from lorapre.backends.triton.elements import (
     Q,
     W,
     base_of,
-    cut,
     field,
-    nearest,
+    rounded,
     size_of,
     sum_of_parts,
     tile_of,
@@ -329,16 +325,8 @@ def update(
             if BOUNDED:
                 direction = tl.where(root > 0, tl.minimum(tl.maximum(direction, -limit), limit), 0.0)
             w = here.to(tl.float32) * decay - rate * direction
-            if STOCHASTIC:
-                element = (rows[:, None] * q + cols[None, :]).to(tl.uint32)
-                zero = element * 0
-                counter = zero + tl.load(row + STEP).to(tl.uint32)
-                number = zero + field(matrices, matrix, NUMBER).to(tl.uint32)
-                stream = zero + field(matrices, matrix, STREAM).to(tl.uint32)
-                bits, _, _, _ = tl.philox(seed, element, number, counter, stream, ROUNDS)
-                tl.store(W_addresses, cut(w, (bits >> 16).to(tl.int32)), mask=inside)
-            else:
-                tl.store(W_addresses, nearest(w, W_TYPE), mask=inside)
+            new = rounded(w, seed, matrices, matrix, coefficients, rows, cols, q, W_TYPE, STOCHASTIC, ROUNDS)
+            tl.store(W_addresses, new, mask=inside)
     z_m = z_m if NEGATE else -z_m
     z_v = -z_v
     if R_BLOCKS == 1:  # in the place of the old factors, whose columns nobody else reads

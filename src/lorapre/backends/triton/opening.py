@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lorapre.backends.batches import Bucket
-from lorapre.backends.eager import AdamHyperparameters
+from lorapre.backends.eager_muon import Hyperparameters, MuonHyperparameters
 from lorapre.backends.opened import Opened
 from lorapre.backends.triton import newton, table
-from lorapre.backends.triton.adamw import SubspaceStep, turns_of
+from lorapre.backends.triton.adamw import AdamStep, SubspaceStep, turns_of
 from lorapre.backends.triton.layout import Layouts
+from lorapre.backends.triton.muon import MuonStep
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,14 @@ class Cohort:
     """Buckets of one launch, and their options."""
 
     buckets: Sequence[Bucket]
-    hyper: AdamHyperparameters
+    hyper: Hyperparameters
+
+
+def step_of(buckets: Sequence[Bucket], hyper: Hyperparameters, layouts: Layouts) -> SubspaceStep:
+    """The step of some buckets with the subspace regression."""
+    if isinstance(hyper, MuonHyperparameters):
+        return MuonStep(buckets, hyper, layouts)
+    return AdamStep(buckets, hyper, layouts)
 
 
 def open_cohorts(cohorts: Sequence[Cohort], layouts: Layouts) -> Opened:
@@ -43,15 +51,15 @@ def open_cohorts(cohorts: Sequence[Cohort], layouts: Layouts) -> Opened:
         )
     )
     begun: deque[SubspaceStep] = deque()
-    later: list[tuple[Callable[[Sequence[Bucket], AdamHyperparameters], None], Sequence[Bucket], AdamHyperparameters]]
-    later = []
+    later: list[tuple[Callable[[Sequence[Bucket], Hyperparameters], None], Sequence[Bucket], Hyperparameters]] = []
 
-    def by_turn(buckets: Sequence[Bucket], hyper: AdamHyperparameters) -> None:
-        step = SubspaceStep(buckets, hyper, layouts)
+    def by_turn(buckets: Sequence[Bucket], hyper: Hyperparameters) -> None:
+        step = step_of(buckets, hyper, layouts)
         step.read()
         step.proceed(None)  # the mask is the buckets' own
 
-    def by_newton(buckets: Sequence[Bucket], hyper: AdamHyperparameters) -> None:
+    def by_newton(buckets: Sequence[Bucket], hyper: Hyperparameters) -> None:
+        assert not isinstance(hyper, MuonHyperparameters)  # `lorapre.backends.triton.supports` has seen to it
         newton.step_buckets(buckets, hyper, layouts)
 
     for cohort in cohorts:
@@ -60,7 +68,7 @@ def open_cohorts(cohorts: Sequence[Cohort], layouts: Layouts) -> Opened:
             continue
         for place, (turn, scratch) in enumerate(turns_of(cohort.buckets)):
             if place == 0 and (scratch <= room or not begun):
-                begun.append(SubspaceStep(turn, cohort.hyper, layouts))
+                begun.append(step_of(turn, cohort.hyper, layouts))
                 begun[-1].read()
                 room -= scratch
             else:

@@ -19,15 +19,12 @@ from lorapre.backends.triton.elements import (
     G_COL,
     G_ROW,
     LEFT,
-    NUMBER,
     ON,
     OUTSIDE,
     RATE,
     RIGHT,
     ROWS,
     ROWS_ALIGNED,
-    STEP,
-    STREAM,
     TINY,
     V_COL,
     V_ROW,
@@ -42,12 +39,12 @@ from lorapre.backends.triton.elements import (
     Q,
     W,
     base_of,
-    cut,
     field,
     lines_of,
     mean_of,
     nearest,
     place_in,
+    rounded,
     size_of,
     tile_of,
     whole,
@@ -55,6 +52,102 @@ from lorapre.backends.triton.elements import (
 
 #: Of the old basis in the new one, in units of the size of what it closes: float32's rounding.
 CLOSING = tl.constexpr(8 * 2.0**-23)
+
+
+@triton.jit
+def tracked(
+    X_base,
+    A_base,
+    basis,
+    rows,
+    cols,
+    p,
+    q,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BF16: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """X A of these rows and columns, transposed; ``basis`` is A in these columns where its ranks are one block."""
+    R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    momentum = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
+    for k in tl.static_range(0, R_BLOCKS):
+        r = k * BLOCK_R + tl.arange(0, BLOCK_R)
+        x = tl.load(X_base + (rows[:, None] * R + r[None, :]), mask=(rows < p)[:, None] & (r < R)[None, :], other=0.0)
+        if R_BLOCKS > 1:
+            a = tl.load(
+                A_base + (r[:, None] * q + cols[None, :]),
+                mask=(r < R)[:, None] & (cols < q)[None, :],
+                other=0.0,
+            ).to(tl.float32)
+        else:
+            a = basis
+        if BF16:
+            momentum = tl.dot(tl.trans(a.to(tl.bfloat16)), tl.trans(x.to(tl.bfloat16)), momentum)
+        else:
+            momentum = tl.dot(tl.trans(a), tl.trans(x), momentum, input_precision=PRECISION)
+    return momentum
+
+
+@triton.jit
+def next_rows(
+    matrices,
+    matrix,
+    C,
+    L,
+    sums,
+    A_base,
+    basis,
+    left,
+    gain,
+    ranks,
+    cols,
+    r_block,
+    q,
+    on,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    L_IN_STATE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """L = C A + gain ``left``^T in these columns, of which m_A is not needed any more, closed with a share of the old
+    basis; returns the size of a row of L at most.
+    """
+    R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    C_base = C + matrix * R * R
+    size = tl.zeros((BLOCK_R,), tl.float32)
+    carried = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
+    before = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
+    for k in range(0, R, BLOCK_R):
+        r = k + tl.arange(0, BLOCK_R)
+        c = tl.load(C_base + ranks[:, None] * R + r[None, :], mask=(ranks < R)[:, None] & (r < R)[None, :], other=0.0)
+        if R_BLOCKS > 1:
+            a = tl.load(
+                A_base + (r[:, None] * q + cols[None, :]),
+                mask=(r < R)[:, None] & (cols < q)[None, :],
+                other=0.0,
+            ).to(tl.float32)
+        else:
+            a = basis
+        carried = tl.dot(c, a, carried, input_precision=PRECISION)
+        if k == r_block * BLOCK_R:
+            before = a
+        for other in range(0, R, BLOCK_R):  # all of C, whichever the ranks of this program are
+            s = other + tl.arange(0, BLOCK_R)
+            d = tl.load(C_base + s[:, None] * R + r[None, :], mask=(s < R)[:, None] & (r < R)[None, :], other=0.0)
+            size += tl.sum(d * d, axis=1)
+    size_of_row = tl.sqrt((tl.sum(size, axis=0) + gain * gain * tl.load(sums + matrix)) / R)
+    share = tl.where(size_of_row > 0, CLOSING * size_of_row, 1.0)
+    new = carried + gain * tl.trans(left) + share * before
+    column = ranks[:, None] * q + cols[None, :]
+    L_base = place_in(L, matrices, matrix, RIGHT, A, L_IN_STATE, ALIGNED)
+    ranked = (ranks < R * (on if L_IN_STATE else 1))[:, None]
+    tl.store(L_base + column, new, mask=ranked & (cols < q)[None, :])
+    return size_of_row
 
 
 @triton.jit
@@ -164,6 +257,8 @@ def update(
             mask=(ranks < R)[:, None] & (cols < q)[None, :],
             other=0.0,
         ).to(tl.float32)
+    else:
+        basis = A_base  # nobody reads it
 
     left = tl.zeros((BLOCK_Q, BLOCK_R), tl.float32)
     if not FULL:
@@ -213,24 +308,9 @@ def update(
         else:
             left = tl.dot(tl.trans(g), tl.trans(u), left, input_precision=LEFT_PRECISION)
         if (R_BLOCKS == 1) | (r_block == 0):
-            momentum = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
-            for k in tl.static_range(0, R_BLOCKS):
-                r = k * BLOCK_R + tl.arange(0, BLOCK_R)
-                x = tl.load(
-                    X_base + (rows[:, None] * R + r[None, :]), mask=(rows < p)[:, None] & (r < R)[None, :], other=0.0
-                )
-                if R_BLOCKS > 1:
-                    a = tl.load(
-                        A_base + (r[:, None] * q + cols[None, :]),
-                        mask=(r < R)[:, None] & (cols < q)[None, :],
-                        other=0.0,
-                    ).to(tl.float32)
-                else:
-                    a = basis
-                if BF16:
-                    momentum = tl.dot(tl.trans(a.to(tl.bfloat16)), tl.trans(x.to(tl.bfloat16)), momentum)
-                else:
-                    momentum = tl.dot(tl.trans(a), tl.trans(x), momentum, input_precision=MOMENTUM_PRECISION)
+            momentum = tracked(
+                X_base, A_base, basis, rows, cols, p, q, R, BLOCK_R, BLOCK_P, BLOCK_Q, BF16, MOMENTUM_PRECISION
+            )
             m = outside * g + tl.trans(momentum)
             if FULL:
                 v = beta2 * here_v.to(tl.float32) + (1.0 - beta2) * square
@@ -250,47 +330,13 @@ def update(
                 direction = tl.where(still, 0.0, tl.minimum(tl.maximum(direction, -limit), limit))
             w = here.to(tl.float32) * decay - rate * direction
             W_addresses = tile_of(W_base, rows, cols, W_row_stride, W_col_stride, W_ORDER)
-            if STOCHASTIC:
-                element = (rows[:, None] * q + cols[None, :]).to(tl.uint32)
-                zero = element * 0
-                counter = zero + tl.load(row + STEP).to(tl.uint32)
-                number = zero + field(matrices, matrix, NUMBER).to(tl.uint32)
-                stream = zero + field(matrices, matrix, STREAM).to(tl.uint32)
-                bits, _, _, _ = tl.philox(seed, element, number, counter, stream, ROUNDS)
-                tl.store(W_addresses, cut(w, (bits >> 16).to(tl.int32)), mask=inside)
-            else:
-                tl.store(W_addresses, nearest(w, W_TYPE), mask=inside)
+            new = rounded(w, seed, matrices, matrix, coefficients, rows, cols, q, W_TYPE, STOCHASTIC, ROUNDS)
+            tl.store(W_addresses, new, mask=inside)
 
-    # L in this block's columns, of which m_A is not needed any more.
-    C_base = C + matrix * R * R
-    size = tl.zeros((BLOCK_R,), tl.float32)
-    carried = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
-    before = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
-    for k in range(0, R, BLOCK_R):
-        r = k + tl.arange(0, BLOCK_R)
-        c = tl.load(C_base + ranks[:, None] * R + r[None, :], mask=(ranks < R)[:, None] & (r < R)[None, :], other=0.0)
-        if R_BLOCKS > 1:
-            a = tl.load(
-                A_base + (r[:, None] * q + cols[None, :]),
-                mask=(r < R)[:, None] & (cols < q)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-        else:
-            a = basis
-        carried = tl.dot(c, a, carried, input_precision=LEFT_PRECISION)
-        if k == r_block * BLOCK_R:
-            before = a
-        for other in range(0, R, BLOCK_R):  # all of C, whichever the ranks of this program are
-            s = other + tl.arange(0, BLOCK_R)
-            d = tl.load(C_base + s[:, None] * R + r[None, :], mask=(s < R)[:, None] & (r < R)[None, :], other=0.0)
-            size += tl.sum(d * d, axis=1)
-    size_of_row = tl.sqrt((tl.sum(size, axis=0) + gain * gain * tl.load(sums + matrix)) / R)
-    share = tl.where(size_of_row > 0, CLOSING * size_of_row, 1.0)
-    new = carried + gain * tl.trans(left) + share * before
-    column = ranks[:, None] * q + cols[None, :]
-    L_base = place_in(L, matrices, matrix, RIGHT, A, L_IN_STATE, ALIGNED)
-    ranked = (ranks < R * (on if L_IN_STATE else 1))[:, None]
-    tl.store(L_base + column, new, mask=ranked & (cols < q)[None, :])
+    size_of_row = next_rows(
+        matrices, matrix, C, L, sums, A_base, basis, left, gain, ranks, cols, r_block, q, on,
+        R, BLOCK_R, BLOCK_Q, L_IN_STATE, ALIGNED, LEFT_PRECISION,
+    )  # fmt: skip
     if not FULL:
         first_of_ranks = (r_block == 0).to(tl.int32)
         average = v_col + (1.0 - beta2) * (tl.sum(squares, axis=0) / p - v_col)

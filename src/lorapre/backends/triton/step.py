@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lorapre.backends.batches import Bucket
-from lorapre.backends.eager import AdamHyperparameters
+from lorapre.backends.eager_muon import Hyperparameters
 from lorapre.backends.triton import table
 from lorapre.backends.triton.coefficients import coefficients
 from lorapre.backends.triton.layout import Layouts, Work
@@ -70,9 +70,9 @@ class Step:
         layouts: remembers addresses from step to step.
     """
 
-    def __init__(self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts) -> None:
+    def __init__(self, buckets: Sequence[Bucket], hyper: Hyperparameters, layouts: Layouts) -> None:
         first = buckets[0]
-        self.hyper, self.layouts = hyper, layouts
+        self.layouts = layouts
         self.seed = None if first.rounding is None else first.rounding.seed  # None rounds to nearest
         self.device, self.maximize = first.params[0].device, first.maximize
         self.W_dtype, self.G_dtype = first.params[0].dtype, first.grads[0].dtype

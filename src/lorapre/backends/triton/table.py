@@ -99,6 +99,11 @@ NEWTON_UPDATE: tuple[tuple[int, int, Blocks], ...] = (
     (MAX_RANK, 4, Blocks(32, 64, 128, 8, 2)),
 )
 
+#: What Muon does around Newton-Schulz: rows (columns) at once whose squares are summed, and numbers of them at once; a
+#: tile of the weights.
+MUON_LENGTHS = Blocks(32, 128, 0, 4, 3)
+MUON_WEIGHTS = Blocks(32, 128, 0, 4, 1)
+
 #: Ranks at once of two products in the second pass: rows of the next right factor, and of a momentum cut into blocks.
 NEWTON_PARTS = (16, 32)
 
@@ -173,6 +178,23 @@ def scratch_bytes(view: MatrixView, state_dtype: torch.dtype) -> int:
     chunk = chunk_rows(r)
     squares = 4 + max(1, math.ceil(max(p, q) / chunk))
     return 4 * view.batch * (factors + squares * r * r + p)
+
+
+def eights(length: int) -> int:
+    """``length`` up to a multiple of 8, what tensor cores and 16 bytes of bfloat16 ask for."""
+    return -(-length // 8) * 8
+
+
+def orthogonal_bytes(p: int, q: int, dtype: torch.dtype) -> int:
+    """What the Newton-Schulz of one matrix holds: two iterates, and two of its small matrices."""
+    rows, cols = eights(p), eights(q)
+    return dtype.itemsize * 2 * (rows * cols + min(rows, cols) ** 2)
+
+
+def muon_scratch_bytes(view: MatrixView, dtype: torch.dtype, weight_bytes: int, count: int) -> int:
+    """The same of ``count`` parameters in turns: as much as `scratch_limit` allows, or one matrix."""
+    each = orthogonal_bytes(view.p, view.q, dtype)
+    return each * max(1, min(count * view.batch, scratch_limit(weight_bytes) // each))
 
 
 def square_blocks(rank: int) -> Blocks:
