@@ -64,6 +64,13 @@ CASES = [
     Case("unbounded", PAIR, options={"bounded": False}),
     Case("betas", PAIR, options={"betas": (0.5, 0.999)}),
     Case("no memory in m", PAIR, options={"betas": (0.0, 0.9)}),
+    Case("spectrum clipped", PAIR, options={"spectral_clipping": 0.05, "residual_gain": 4.0}),
+    Case("spectrum clipped besides", PAIR, options={"spectral_clipping": 0.5, "update_clipping": True}, steps=3),
+    Case(
+        "spectrum clipped on the device",
+        ((3, 17, 33),),
+        options={"spectral_clipping": 0.1, "capturable": True, "maximize": True, "residual_gain": None},
+    ),
     Case("full v", ((17, 33), (40, 20)), options=FULL),
     Case("full v, clipped", PAIR, options={**FULL, "update_clipping": True, "residual_gain": 4.0}),
     Case("full v, clipped, unbounded", PAIR, options={**FULL, "update_clipping": True, "bounded": False}),
@@ -135,6 +142,7 @@ def test_the_step_is_that_of_the_formulas(case: Case, device: torch.device) -> N
         Case("wide", ((40, 101), (40, 101)), rank=16, options={"capturable": True}),
         Case("transposed", ((70, 50),), rank=20, transposed_weights=True, transposed_grads=True),
         Case("full v", ((70, 50),), rank=37, options=CLIPPED, transposed_weights=True),
+        Case("spectrum clipped", ((70, 90),), rank=37, options={"spectral_clipping": 0.1}, transposed_grads=True),
     ],
     ids=lambda case: case.name,
 )

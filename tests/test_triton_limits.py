@@ -86,14 +86,16 @@ def test_scratch_beyond_the_limit_is_used_in_turns_that_change_nothing(
 
 
 def test_scratch_is_what_is_foreseen_and_a_small_share_of_a_large_model(device: torch.device) -> None:
-    for rank, options in ((4, {}), (20, {}), (4, {"state_dtype": torch.bfloat16})):
+    sketched = {"spectral_clipping": 3.0}
+    for rank, options in ((4, {}), (20, sketched), (1, sketched), (4, {"state_dtype": torch.bfloat16})):
         optimizer, _ = both(((600, 64),), torch.float32, device, rank=rank, **options)
         set_grads(params_of(optimizer), list(gradients((600, 64), 1)))
         optimizer.step()
         bucket, _ = optimizer.last
         with torch.no_grad(), Watch([*bucket.params, *bucket.grads]) as watch:
             optimizer.step_buckets([replace(bucket, step=2.0)], optimizer.param_groups[0])
-        foreseen = table.scratch_bytes(bucket.view, bucket.state["m_B"][0].dtype)
+        dtype = bucket.state["m_B"][0].dtype
+        foreseen = table.scratch_bytes(bucket.view, dtype, sketched="spectral_clipping" in options)
         assert 0.9 * watch.total <= foreseen + 4096
         assert foreseen <= 1.6 * watch.total
     assert table.scratch_limit(5 * 10**9) == 10**8
@@ -177,6 +179,8 @@ def test_what_the_kernels_cannot_do_is_said_in_words(device: torch.device) -> No
     assert "tangent" in str(reason(regression="tangent"))
     assert "v_A" in str(reason(second_moment="hadamard"))
     assert reason(second_moment="full") is None
+    assert reason(spectral_clipping=3.0) is None
+    assert "spectral_clipping=3.0" in str(reason(second_moment="full", spectral_clipping=3.0))
     assert "exp_avg_sq" in str(reason(second_moment="full", regression="newton"))
     assert "residual_gain=0.0" in str(reason(residual_gain=0.0))
     assert "513" in str(reason((514, 515), rank=513))

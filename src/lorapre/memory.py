@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from lorapre import spectral
 from lorapre.backends import rounding
 from lorapre.backends.batches import scratch_numel
 from lorapre.backends.triton import table
@@ -147,7 +148,8 @@ class _KernelScratch:
             rank = group.get("second_moment_rank")
             each = table.newton_scratch_bytes(view, view.rank if rank is None else with_rank(view, rank).rank)
         else:
-            each = table.scratch_bytes(view, optimizer._state_dtype(param, group))
+            sketched = group.get("spectral_clipping") is not None
+            each = table.scratch_bytes(view, optimizer._state_dtype(param, group), sketched=sketched)
         self.weights += param.numel() * param.element_size()
         self.factors += each
         self.largest = max(self.largest, each)
@@ -227,6 +229,8 @@ def _at_once(kind: _Kind, optimizer: FactoredOptimizer, group: Group) -> tuple[i
         if second == "hadamard" and group["second_moment_rank"] is not None:
             factors = max(factors, _factor_scratch(with_rank(view, group["second_moment_rank"]), width))
         shared += (second == "rank1") + (second == "hadamard" or group["update_clipping"])  # v; |G| or G / sqrt(v)
+        if group["spectral_clipping"] is not None:
+            factors = max(factors, 3 * width * spectral.COLUMNS * (view.p + view.q))
         own = dense * ((second != "rank1") + (group["update_clipping"] and not group["bounded"])) + factors
     elif isinstance(optimizer, LoRAPreMuon):
         # Two of the iteration's matrices and two of its Gram matrices.

@@ -125,6 +125,11 @@ def _unsupported_by_adam(bucket: Bucket, hyper: AdamHyperparameters) -> str | No
         return "regression='newton' on an AMD GPU, for which Triton has no products of float64"
     if regression == "newton" and hyper.update_clipping:
         return "update_clipping=True; with regression='newton' the kernels form v once, together with the update"
+    if hyper.spectral_clipping is not None and "v_row" not in bucket.state:
+        return (
+            f"spectral_clipping={hyper.spectral_clipping} without a second moment of rank 1, by whose means the "
+            "kernels scale the sketch"
+        )
     if regression == "subspace" and hyper.residual_gain < _LEAST_GAIN:
         return f"residual_gain={hyper.residual_gain}; the kernels take back what it divides, from {_LEAST_GAIN} on"
     return None

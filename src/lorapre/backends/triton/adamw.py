@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lorapre import factors, subspace
+from lorapre import spectral as sketch
 from lorapre.backends import rounding
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
 from lorapre.backends.eager_muon import Hyperparameters
-from lorapre.backends.triton import bases, cholesky, elements, first_pass, second_pass, table
+from lorapre.backends.triton import bases, cholesky, elements, first_pass, second_pass, spectral, table
 from lorapre.backends.triton.layout import Layouts, Work
 from lorapre.backends.triton.step import TYPES, Step, on_device_of, turns
 
@@ -23,11 +24,12 @@ from lorapre.backends.triton.step import TYPES, Step, on_device_of, turns
 _PASSES = 3
 
 
-def turns_of(buckets: Sequence[Bucket]) -> Iterator[tuple[list[Bucket], int]]:
+def turns_of(buckets: Sequence[Bucket], hyper: Hyperparameters) -> Iterator[tuple[list[Bucket], int]]:
     """The buckets in parts that are stepped one after the other, each with the bytes of its scratch."""
+    sketched = isinstance(hyper, AdamHyperparameters) and hyper.spectral_clipping is not None
 
     def scratch(bucket: Bucket) -> int:
-        return table.scratch_bytes(bucket.view, bucket.state["m_B"][0].dtype)
+        return table.scratch_bytes(bucket.view, bucket.state["m_B"][0].dtype, sketched=sketched)
 
     for turn in turns(buckets, scratch):
         yield turn, sum(scratch(bucket) * len(bucket.params) for bucket in turn)
@@ -51,7 +53,7 @@ class SubspaceStep(Step):
     """
 
     #: What the first pass gathers of v, as its arguments.
-    _gathered: Mapping[str, bool] = {"CLIP": False, "FULL": False}
+    _gathered: Mapping[str, bool] = {"CLIP": False, "SPECTRAL": False, "FULL": False}
 
     def __init__(
         self,
@@ -81,6 +83,7 @@ class SubspaceStep(Step):
         self.sizes = self._empty(self.n)
         self.squares = self._empty(self.n)  # sums of G^2, after `read`
         self.surprises = self._empty(self.n)
+        self.sketches = self.surprises  # where nobody asks for them
         self.T, self.triangles, self.lower = (self._squares(self.n) for _ in range(3))
         self.project_rows = self._work(p, self.blocks.rows)
         self.project_parts = math.ceil(self.r / self.blocks.rank)
@@ -97,14 +100,7 @@ class SubspaceStep(Step):
         """The first pass."""
         with on_device_of(self.buckets):
             self._project()
-            elements.totals[(self.n,)](
-                self.parts,
-                self.project_rows.starts,
-                self.squares,
-                self.surprises,
-                self.sizes,
-                PARTS=self.project_parts,
-            )
+            self._totals()
 
     def proceed(self, enabled: Tensor | None) -> None:
         """Everything else; nothing changes where ``enabled`` (0-d bool, on the device) is False."""
@@ -130,6 +126,7 @@ class SubspaceStep(Step):
                 self.U,
                 self.row_sums,
                 self.parts,
+                self.sketches,
                 self.decay,
                 self.gain,
                 self.beta2,
@@ -147,6 +144,16 @@ class SubspaceStep(Step):
                 PRECISION=table.PRECISION["project"],
                 **table.launch(block),
             )
+
+    def _totals(self) -> None:
+        elements.totals[(self.n,)](
+            self.parts,
+            self.project_rows.starts,
+            self.squares,
+            self.surprises,
+            self.sizes,
+            PARTS=self.project_parts,
+        )
 
     def _left_basis(self) -> tuple[Work, Tensor]:
         """U in the place of K; the products U^T X of its chunks."""
@@ -226,7 +233,8 @@ class AdamStep(SubspaceStep):
     in full takes one more read and write of v, and, with clipping or a relative eps, one more read.
 
     Launches, whatever the number of shapes: coefficients, pass 1, its sums, 7 for the left basis, what it carries over,
-    pass 2, 6 for the right basis, the new state: 19; one more where a mask arrives after the first pass. The two passes
+    pass 2, 6 for the right basis, the new state: 19; one more with spectral clipping, and one where a mask arrives
+    after the first pass. The two passes
     are launched once for each order of the numbers of W, G and v. Beyond `lorapre.backends.triton.table.FUSED_RANK`
     there are 5 more. With counters on the device the coefficients are some 20 operations on n numbers instead of one
     launch.
@@ -237,10 +245,61 @@ class AdamStep(SubspaceStep):
         self.hyper = hyper
         # Of a v in full nobody asks for more there.
         full = self.full and (hyper.update_clipping or hyper.relative_eps)
-        self._gathered = {"CLIP": hyper.update_clipping, "FULL": full}
+        self.spectral = hyper.spectral_clipping is not None
+        self._gathered = {"CLIP": hyper.update_clipping, "SPECTRAL": self.spectral, "FULL": full}
+        if self.spectral:
+            self.sketches = self._empty(sum(self.matrices.p) * sketch.COLUMNS)
+            self.rights = self._empty(self.n * self.r * sketch.COLUMNS)
+
+    def _totals(self) -> None:
+        if not self.spectral:
+            super()._totals()
+            return
+        block = table.SKETCH
+        spectral.totals[(self.n,)](
+            self.matrices.table,
+            self.parts,
+            self.project_rows.starts,
+            self.squares,
+            self.surprises,
+            self.sizes,
+            self.rights,
+            S_TYPE=TYPES[self.S_dtype],
+            R=self.r,
+            BLOCK_R=min(block.rank, table.padded(self.r)),
+            BLOCK_Q=block.cols,
+            PARTS=self.project_parts,
+            PRECISION=table.PRECISION["project"],
+            **table.launch(block),
+        )
+
+    def _divide(self) -> None:
+        """`surprises` from the sketch, too."""
+        block, clipping = table.SKETCH, self.hyper.spectral_clipping
+        spectral.divide[(self.n,)](
+            self.matrices.table,
+            self.coefficients,
+            self.sketches,
+            self.rights,
+            self.X,
+            self.row_sums,
+            self.surprises,
+            self.beta2,
+            clipping,
+            S_TYPE=TYPES[self.S_dtype],
+            R=self.r,
+            BLOCK_R=min(block.rank, table.padded(self.r)),
+            BLOCK_P=block.rows,
+            CLIP=self.hyper.update_clipping,
+            X_IN_STATE=self.X_in_state,
+            PRECISION=table.PRECISION["project"],
+            **table.launch(block),
+        )
 
     def _update(self, C: Tensor) -> None:
         block, hyper = self.update_blocks, self.hyper
+        if self.spectral:
+            self._divide()
         ranks = math.ceil(self.r / block.rank)
         for (W_order, G_order, V_order), work in self._kinds(self.matrices.q, block.cols):
             second_pass.update[(work.programs * ranks,)](
@@ -270,7 +329,7 @@ class AdamStep(SubspaceStep):
                 NEGATE=self.maximize,
                 RELATIVE=hyper.relative_eps,
                 BOUNDED=hyper.bounded,
-                CLIP=hyper.update_clipping,
+                CLIP=hyper.update_clipping or self.spectral,
                 FULL=self.full,
                 STOCHASTIC=self.seed is not None,
                 ROUNDS=rounding.ROUNDS,

@@ -153,7 +153,12 @@ def totals(parts, starts, sums, surprises, sizes, PARTS: tl.constexpr):
     """Of what the first pass left of a matrix, in PARTS blocks of ranks: ``sums`` (n) of G^2, ``surprises`` (n), which
     are those of G^2 / v_hat, and the largest |K| to ``sizes`` (n). One matrix a program.
     """
-    matrix = tl.program_id(0)
+    sums_of(parts, starts, sums, surprises, sizes, tl.program_id(0), PARTS)
+
+
+@triton.jit
+def sums_of(parts, starts, sums, surprises, sizes, matrix, PARTS: tl.constexpr):
+    """`totals` of one matrix."""
     first = tl.load(starts + matrix)
     last = tl.load(starts + matrix + 1)
     tl.store(sums + matrix, sum_of_parts(parts, first, last, 0, PARTS * PART))

@@ -40,6 +40,7 @@ from lorapre.backends.triton.elements import (
     tile_of,
     whole,
 )
+from lorapre.backends.triton.spectral import K, scaled_signs
 
 
 @triton.jit
@@ -51,6 +52,7 @@ def project(
     U,
     row_sums,
     parts,
+    sketches,
     decay,
     gain,
     beta2,
@@ -62,6 +64,7 @@ def project(
     BLOCK_Q: tl.constexpr,
     NEGATE: tl.constexpr,
     CLIP: tl.constexpr,
+    SPECTRAL: tl.constexpr,
     FULL: tl.constexpr,
     ORDER: tl.constexpr,
     V_ORDER: tl.constexpr,
@@ -71,7 +74,8 @@ def project(
     """Pass 1 over G, a program a block of rows: G A^T to ``U``. It changes no state: G may turn out not to be finite.
 
     Besides ``row_sums`` of G^2, and in ``parts`` the sums of G^2 and of G^2 / v_hat and the largest |K| of the block,
-    K = decay B + gain G A^T. FULL: v lies in full where v_row's address says, and ``row_sums`` are of the old v.
+    K = decay B + gain G A^T. SPECTRAL: G S to ``sketches``, (p, 16) of each matrix. FULL: v lies in full where v_row's
+    address says, and ``row_sums`` are of the old v.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     ALIGNED: tl.constexpr = (ORDER == ROWS_ALIGNED) | (ORDER == COLUMNS_ALIGNED)
@@ -97,13 +101,16 @@ def project(
         V_col_stride = size_of(matrices, matrix, FULL_COL)
         V_live = p * (r_block == 0).to(tl.int32)  # the others' sums are not read
         V_sums = tl.zeros((BLOCK_P,), tl.float32)
-    elif CLIP:
+    elif CLIP or SPECTRAL:
         row_base = base_of(matrices, matrix, V_ROW, S_TYPE)
         col_base = base_of(matrices, matrix, V_COL, S_TYPE, ALIGNED)
         mean = mean_of(row_base, p, 512)
         mean = tl.where(mean > 0, mean, 1.0)
         fresh = (1.0 - beta2) * v_scale
         v_row = tl.load(row_base + rows, mask=rows < p, other=0.0).to(tl.float32) / mean * (beta2 * v_scale)
+    if SPECTRAL:
+        col_mean = mean_of(col_base, q, 512)
+        sketch = tl.zeros((BLOCK_P, K), tl.float32)
 
     total = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
     squares = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
@@ -133,11 +140,14 @@ def project(
                 other=0.0,
             ).to(tl.float32)
             V_sums += tl.sum(v, axis=1)
+        elif CLIP or SPECTRAL:
+            v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
+        if SPECTRAL:
+            sketch = tl.dot(wide, scaled_signs(cols, v_col, col_mean), sketch, input_precision=PRECISION)
         if CLIP:
             if FULL:
                 v_hat = (beta2 * v + (1.0 - beta2) * square) * v_scale
             else:
-                v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
                 v_hat = v_row[:, None] * v_col[None, :] + fresh * square
             ratio = wide * tl.rsqrt(tl.where(v_hat > 0, v_hat, 1.0))
             surprise += tl.where(v_hat > 0, ratio * ratio, 0.0)
@@ -155,6 +165,9 @@ def project(
     first_of_ranks = (r_block == 0).to(tl.int32)
     sums = V_sums if FULL else tl.sum(squares, axis=1)
     tl.store(row_sums + field(matrices, matrix, ROWS) + rows, sums, mask=rows < p * first_of_ranks)
+    if SPECTRAL:
+        there = (field(matrices, matrix, ROWS) + rows)[:, None] * K + tl.arange(0, K)[None, :]
+        tl.store(sketches + there, sketch, mask=(rows < p * first_of_ranks)[:, None])
     part = parts + ((tl.load(starts + matrix) + tile).to(tl.int64) * R_BLOCKS + r_block) * PART
     tl.store(part, tl.sum(squares))
     tl.store(part + 1, tl.sum(surprise))

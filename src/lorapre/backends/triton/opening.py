@@ -66,7 +66,7 @@ def open_cohorts(cohorts: Sequence[Cohort], layouts: Layouts) -> Opened:
         if cohort.hyper.regressor.regression == "newton":
             later.append((by_newton, cohort.buckets, cohort.hyper))
             continue
-        for place, (turn, scratch) in enumerate(turns_of(cohort.buckets)):
+        for place, (turn, scratch) in enumerate(turns_of(cohort.buckets, cohort.hyper)):
             if place == 0 and (scratch <= room or not begun):
                 begun.append(step_of(turn, cohort.hyper, layouts))
                 begun[-1].read()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lorapre import spectral
 from lorapre.routing import MatrixView
 
 #: Largest rank that the kernels take.
@@ -99,6 +100,9 @@ NEWTON_UPDATE: tuple[tuple[int, int, Blocks], ...] = (
     (MAX_RANK, 4, Blocks(32, 64, 128, 8, 2)),
 )
 
+#: The sketch of an update: columns of A, or rows of X, at once, and ranks.
+SKETCH = Blocks(64, 64, 64, 8, 2)
+
 #: What Muon does around Newton-Schulz: rows (columns) at once whose squares are summed, and numbers of them at once; a
 #: tile of the weights.
 MUON_LENGTHS = Blocks(32, 128, 0, 4, 3)
@@ -167,8 +171,11 @@ def finish_blocks(rank: int) -> Blocks:
     return Blocks(128 if whole < 128 else 64, min(whole, 64), min(whole, 128), 8 if whole > 32 else 4, 1)
 
 
-def scratch_bytes(view: MatrixView, state_dtype: torch.dtype) -> int:
-    """Scratch of one parameter's matrices: K, twice more factors where the state is narrow or split, and r x r."""
+def scratch_bytes(view: MatrixView, state_dtype: torch.dtype, *, sketched: bool = False) -> int:
+    """Scratch of one parameter's matrices: K, twice more factors where the state is narrow or split, and r x r.
+
+    With ``sketched`` also what spectral clipping takes.
+    """
     p, q, r = view.p, view.q, view.rank
     factors = p * r
     if state_dtype != torch.float32:
@@ -177,7 +184,7 @@ def scratch_bytes(view: MatrixView, state_dtype: torch.dtype) -> int:
         factors += q * r
     chunk = chunk_rows(r)
     squares = 4 + max(1, math.ceil(max(p, q) / chunk))
-    return 4 * view.batch * (factors + squares * r * r + p)
+    return 4 * view.batch * (factors + squares * r * r + p + sketched * spectral.COLUMNS * (p + r))
 
 
 def eights(length: int) -> int:
