@@ -133,7 +133,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     add("--ranks", help=f"of LoRAPreAdamW; default: those of {','.join(map(str, RANKS))} that fit each model")
     add("--other-ranks", help="of all others that have a rank, and of the CUDA graph; default: 128")
     add("--contestants", help=f"of {','.join(KINDS)}; default: all on a GPU, else {','.join(CPU_KINDS)}")
-    add("--backends", default="auto", help="of LoRAPreAdamW: auto,triton,eager")
+    add("--backends", default="auto", help="of LoRAPreAdamW and LoRAPreMuon: auto,triton,eager")
     add("--layers", default="fit", help="a number, or as many as the GPU's memory allows")
     add(
         "--training",

@@ -91,10 +91,23 @@ def _lr_on_device(groups: list[dict[str, Any]]) -> Tensor:
     return torch.tensor(LR, device=groups[0]["params"][0][1].device)
 
 
-def _backend(backend: str) -> Contestant:
+def _titled(name: str, backend: str) -> str:
+    return name if backend == "auto" else f"{name}, {backend}"
+
+
+def _muon(backend: str) -> Contestant:
+    return _lorapre(
+        "lorapre-muon",
+        _titled("LoRAPreMuon", backend),
+        lambda groups, rank: LoRAPreMuon(groups, LR, rank, backend=backend),  # type: ignore[arg-type]
+        costs.lorapre_muon,
+    )
+
+
+def _adamw(backend: str) -> Contestant:
     return _lorapre(
         "lorapre-adamw",
-        "LoRAPreAdamW" if backend == "auto" else f"LoRAPreAdamW, {backend}",
+        _titled("LoRAPreAdamW", backend),
         lambda groups, rank: LoRAPreAdamW(groups, LR, rank, backend=backend),  # type: ignore[arg-type]
         costs.lorapre_adamw,
         first=True,
@@ -106,7 +119,7 @@ def contestants(backends: tuple[str, ...] = ("auto",)) -> list[Contestant]:
     foreach = lambda module, rank: torch.optim.AdamW(module.parameters(), LR, foreach=True)  # noqa: E731
     sgd = lambda module, rank: torch.optim.SGD(module.parameters(), LR, fused=True)  # noqa: E731
     return [
-        *(_backend(backend) for backend in backends),
+        *(_adamw(backend) for backend in backends),
         _lorapre(
             "graph",
             "LoRAPreAdamW, CUDA graph",
@@ -117,12 +130,7 @@ def contestants(backends: tuple[str, ...] = ("auto",)) -> list[Contestant]:
         Contestant("adamw-foreach", "AdamW, foreach", foreach, costs.adamw),
         Contestant("sgd", "SGD, fused", sgd, costs.sgd),
         Contestant("muon", "Muon", _registered("muon"), costs.muon),
-        _lorapre(
-            "lorapre-muon",
-            "LoRAPreMuon",
-            lambda groups, rank: LoRAPreMuon(groups, LR, rank),
-            costs.lorapre_muon,
-        ),
+        *(_muon(backend) for backend in backends),
         _lorapre(
             "lorapre-adamw-paper",
             "LoRAPreAdamW.paper",
