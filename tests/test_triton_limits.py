@@ -238,7 +238,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lorapre.backends.triton import table
 
-numbers = "decay gain ahead beta2 eps keep cross outside v_scale rate step limit shift weight factor".split()
+numbers = "decay gain ahead beta2 eps keep cross outside v_scale rate step limit shift weight factor clipping".split()
 integers = "n seed right_programs first tiles row_tiles col_tiles numel".split()
 lists = "items starts right_items left_items".split()
 
@@ -258,7 +258,7 @@ def build(kernel, target, blocks=None, **constants):
     return compile(source, target=target, options=options)
 """
 COMPILE = """
-from lorapre.backends.triton import bases, cholesky, elements, first_pass, second_pass
+from lorapre.backends.triton import bases, cholesky, elements, first_pass, second_pass, spectral
 
 for target, rank, kind, narrow, precision in (
     (GPUTarget("cuda", 90, 32), 160, tl.bfloat16, True, "tf32"),
@@ -286,8 +286,12 @@ for target, rank, kind, narrow, precision in (
     block = table.blocks(table.PROJECT, rank, size)
     tile = dict(R, BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=True, CLIP=True, BF16=narrow,
                 FULL=narrow, V_ORDER=2)
-    build(first_pass.project, target, block, G_TYPE=kind, S_TYPE=kind, ORDER=1,
+    build(first_pass.project, target, block, G_TYPE=kind, S_TYPE=kind, ORDER=1, SPECTRAL=not narrow,
           PRECISION=precision, **tile)
+    block = table.SKETCH
+    shared = dict(R, S_TYPE=kind, BLOCK_R=min(block.rank, whole), PRECISION=precision)
+    build(spectral.totals, target, block, BLOCK_Q=block.cols, PARTS=2, **shared)
+    build(spectral.divide, target, block, BLOCK_P=block.rows, CLIP=True, X_IN_STATE=not narrow, **shared)
     block = table.blocks(table.UPDATE, rank, size)
     tile |= dict(BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols)
     made = build(second_pass.update, target, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, RELATIVE=True,

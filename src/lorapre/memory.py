@@ -230,7 +230,8 @@ def _at_once(kind: _Kind, optimizer: FactoredOptimizer, group: Group) -> tuple[i
             factors = max(factors, _factor_scratch(with_rank(view, group["second_moment_rank"]), width))
         shared += (second == "rank1") + (second == "hadamard" or group["update_clipping"])  # v; |G| or G / sqrt(v)
         if group["spectral_clipping"] is not None:
-            factors = max(factors, 3 * width * spectral.COLUMNS * (view.p + view.q))
+            # Signs in 64 bits, twice, and scaled; the sketch.
+            factors = max(factors, spectral.COLUMNS * ((16 + 2 * width) * view.q + 2 * width * view.p))
         own = dense * ((second != "rank1") + (group["update_clipping"] and not group["bounded"])) + factors
     elif isinstance(optimizer, LoRAPreMuon):
         # Two of the iteration's matrices and two of its Gram matrices.
