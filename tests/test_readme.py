@@ -67,7 +67,7 @@ FINALISTS = {
     **{
         f"`{cls}`, r = d/{share}": f"{contestant}@1/{share}"
         for cls, contestant in (
-            ("LoRAPreAdamW", "lorapre-adamw+residual_gain=4.0+update_clipping=true"),
+            ("LoRAPreAdamW", "lorapre-adamw+residual_gain=4.0+update_clipping=true+spectral_clipping=3.0"),
             ("LoRAPreMuon", "lorapre-muon+residual_gain=4.0+momentum=0.9+normalization=longer_side"),
         )
         for share in (4, 32)

@@ -11,9 +11,15 @@ MUON_RATES = (2.5e-3, 5e-3)
 DECAYING = " decaying"
 
 
-def _adam(gain: float | None, rank: str, more: str = "", *, clipping: bool = True) -> str:
-    options = f"residual_gain={'null' if gain is None else gain}+update_clipping={str(clipping).lower()}"
-    return f"lorapre-adamw+{options}{more}@{rank}"
+def _adam(
+    gain: float | None, rank: str, more: str = "", *, clipping: bool = True, spectral: float | None = None
+) -> str:
+    options = f"residual_gain={_yaml(gain)}+update_clipping={str(clipping).lower()}"
+    return f"lorapre-adamw+{options}{more}+spectral_clipping={_yaml(spectral)}@{rank}"
+
+
+def _yaml(value: float | None) -> str:
+    return "null" if value is None else str(value)
 
 
 def _loose(gain: float | None, rank: str, more: str = "") -> str:
@@ -21,8 +27,7 @@ def _loose(gain: float | None, rank: str, more: str = "") -> str:
 
 
 def _muon(gain: float | None, rank: str, *, momentum: float = 0.9, normalization: str = "longer_side") -> str:
-    gain_text = "null" if gain is None else gain
-    return f"lorapre-muon+residual_gain={gain_text}+momentum={momentum}+normalization={normalization}@{rank}"
+    return f"lorapre-muon+residual_gain={_yaml(gain)}+momentum={momentum}+normalization={normalization}@{rank}"
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,8 @@ class Profile:
         }
 
 
-FINALISTS = ("adamw", "muon", _adam(4.0, "1/4"), _adam(4.0, "1/32"), _muon(4.0, "1/4"), _muon(4.0, "1/32"))
+DEFAULT, DEFAULT_LOW = _adam(4.0, "1/4", spectral=3.0), _adam(4.0, "1/32", spectral=3.0)
+FINALISTS = ("adamw", "muon", DEFAULT, DEFAULT_LOW, _muon(4.0, "1/4"), _muon(4.0, "1/32"))
 
 MAIN = Profile(
     model="llama-20m",
@@ -92,8 +98,12 @@ MAIN = Profile(
         "adamw": (1e-3, 2e-3),
         "muon": MUON_RATES,
         _muon(4.0, "1/4"): (5e-3, 1e-2),
+        DEFAULT: (4e-3, 8e-3),
+        DEFAULT_LOW: (2e-3, 4e-3),
         _adam(4.0, "1/4"): (4e-3, 8e-3),
         _adam(4.0, "1/32"): (2e-3, 4e-3),
+        _adam(4.0, "1/4", spectral=1.0): (4e-3, 8e-3),
+        _adam(4.0, "1/32", spectral=1.0): (2e-3, 4e-3),
         _muon(4.0, "1/32"): (1e-2,),
         "stable-adamw": (2e-3, 4e-3),
         _loose(4.0, "1/4"): (2e-3, 4e-3),
@@ -189,7 +199,7 @@ VARIANTS = Profile(
 TINY = Profile(
     model="llama-1m",
     tokens=20_480,
-    rates={"adamw": (1e-3, 2e-3), _adam(1.0, "1/4") + DECAYING: (5e-4, 1e-3), _muon(4.0, "1/4"): (5e-3,)},
+    rates={"adamw": (1e-3, 2e-3), _adam(1.0, "1/4", spectral=3.0) + DECAYING: (5e-4, 1e-3), _muon(4.0, "1/4"): (5e-3,)},
     finalists=("adamw",),
     seeds=(0, 1),
     long=("adamw",),

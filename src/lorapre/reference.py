@@ -26,6 +26,8 @@ Beyond the paper:
     (12)  m_t = (beta1 m_B m_A + (1 - beta1) P + c (G - P)) / max(1, c),  P the part of G in the row space of m_A
     (13)  v_t = beta2 v_r v_c / mean(v_r) + (1 - beta2) G^2,  v_r and v_c averages of G^2's row and column means
     (14)  the update is divided by max(1, RMS(G / sqrt(vhat_t))),  0 / 0 being 0 (StableAdamW, arXiv 2304.13013)
+    (15)  ... or by s / (k (sqrt(p) + sqrt(q))) where that is more, s being the largest singular value of
+          mhat_t / sqrt(v_r v_c) as `sketched_norm` estimates it
 
 Shapes throughout: ``W``, ``G`` are (p, q); the left factors ``m_B``, ``v_B`` are (p, r); the right factors
 ``m_A``, ``v_A`` are (r, q).
