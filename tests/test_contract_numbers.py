@@ -177,7 +177,10 @@ def test_a_weight_moves_by_the_formulas_from_a_bfloat16_state(kind: Kind, device
         param.grad = grad.to(device, torch.float32)
         run.step(param.grad)
         optimizer.step()
-        assert_close(param, run.weight(), 3e-5 if kind.cls is LoRAPreMuon else 1e-6, "W")
+        # Newton-Schulz multiplies float32's rounding; a GPU sums in another order.
+        assert_close(
+            param, run.weight(), (3e-5 if device.type == "cpu" else 5e-5) if kind.cls is LoRAPreMuon else 1e-6, "W"
+        )
         if not isinstance(run, ReferenceRun):
             continue
         for key in ("m_B", "m_A", "v_B", "v_A") if kind is PAPER else ("v_row", "v_col"):

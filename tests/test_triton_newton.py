@@ -306,13 +306,13 @@ def test_the_inverse_is_that_of_the_shifted_gram_matrix(rank: int, kind: str, de
         X[:, :, 2:] = X[:, :, :1] * torch.arange(2, rank)[:, None] / rank + X[:, :, 1:2]
     gram = X @ X.mT  # (n, 2, r, r)
     squares, scales = gram.clone().to(device), torch.empty(2, 2, 3, dtype=torch.float64, device=device)
-    block = table.NEWTON_INVERT
+    block, damping = table.NEWTON_INVERT, 2.0**-10  # a GPU is given float32
     newton_inverses.invert[(4,)](
-        squares, scales, scales, torch.zeros(3, dtype=torch.int32, device=device), 2, 1e-3, 0.1, 0.1, R=rank,
+        squares, scales, scales, torch.zeros(3, dtype=torch.int32, device=device), 2, damping, 0.1, 0.1, R=rank,
         BLOCK=block.rows, COLS=block.cols, WIDE=table.padded(rank), FIRST=0, MOMENTS=1, FIRST_SIDE=0, SIDES=2,
         RELATIVE=False,
     )  # fmt: skip
-    shifted = gram + 1e-3 * torch.eye(rank, dtype=torch.float64)
+    shifted = gram + damping * torch.eye(rank, dtype=torch.float64)
     found = squares.cpu()
     condition = torch.linalg.cond(shifted).max().item()
     assert_close(found, torch.linalg.inv(shifted), 4e-16 * rank * max(10.0, condition))
