@@ -114,29 +114,37 @@ def _adamw(backend: str) -> Contestant:
     )
 
 
+def _graph(backend: str) -> Contestant:
+    return _lorapre(
+        "graph",
+        _titled("LoRAPreAdamW, CUDA graph", backend),
+        lambda groups, rank: LoRAPreAdamW(groups, _lr_on_device(groups), rank, capturable=True, backend=backend),  # type: ignore[arg-type]
+        costs.lorapre_adamw,
+        captured=True,
+    )
+
+
+def _paper(backend: str) -> Contestant:
+    return _lorapre(
+        "lorapre-adamw-paper",
+        _titled("LoRAPreAdamW.paper", backend),
+        lambda groups, rank: LoRAPreAdamW.paper(groups, LR, rank, backend=backend),  # type: ignore[arg-type]
+        costs.lorapre_adamw_paper,
+    )
+
+
 def contestants(backends: tuple[str, ...] = ("auto",)) -> list[Contestant]:
     """All, the most wanted first; `REFERENCE` is none of them."""
     foreach = lambda module, rank: torch.optim.AdamW(module.parameters(), LR, foreach=True)  # noqa: E731
     sgd = lambda module, rank: torch.optim.SGD(module.parameters(), LR, fused=True)  # noqa: E731
     return [
         *(_adamw(backend) for backend in backends),
-        _lorapre(
-            "graph",
-            "LoRAPreAdamW, CUDA graph",
-            lambda groups, rank: LoRAPreAdamW(groups, _lr_on_device(groups), rank, capturable=True),
-            costs.lorapre_adamw,
-            captured=True,
-        ),
+        *(_graph(backend) for backend in backends),
         Contestant("adamw-foreach", "AdamW, foreach", foreach, costs.adamw),
         Contestant("sgd", "SGD, fused", sgd, costs.sgd),
         Contestant("muon", "Muon", _registered("muon"), costs.muon),
         *(_muon(backend) for backend in backends),
-        _lorapre(
-            "lorapre-adamw-paper",
-            "LoRAPreAdamW.paper",
-            lambda groups, rank: LoRAPreAdamW.paper(groups, LR, rank),
-            costs.lorapre_adamw_paper,
-        ),
+        *(_paper(backend) for backend in backends),
         _peer("adamw-8bit", costs.adamw_8bit),
         _peer("adamw-8bit-bnb", costs.adamw_8bit),
         _peer("galore", costs.galore, "svd"),
