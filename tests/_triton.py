@@ -26,6 +26,10 @@ DEVICE = os.environ.get("LORAPRE_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton", reason="the Triton kernels need triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from _interpreter import quicken
+
+    quicken()
 _REASON = backend.unavailable(DEVICE)
 needs_triton = pytest.mark.skipif(_REASON is not None, reason=str(_REASON))
 

@@ -76,25 +76,26 @@ def test_stochastic_rounding_gives_one_of_two_neighbours_and_the_exact_value_on_
     assert abs(correlation.item()) < 5 / noise.numel() ** 0.5
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2**32 + 3, 2**63 - 1])
+@pytest.mark.parametrize(("seed", "capturable"), [(0, False), (1, True), (2**32 + 3, False), (2**63 - 1, True)])
 @pytest.mark.parametrize("regression", ["subspace", "newton"])
-def test_for_one_update_both_backends_write_the_same_bits(regression: str, seed: int, device: torch.device) -> None:
+def test_for_one_update_both_backends_write_the_same_bits(
+    regression: str, seed: int, capturable: bool, device: torch.device
+) -> None:
     options = {"second_moment": "hadamard", "update_clipping": False} if regression == "newton" else {}
     shapes: tuple[Shape, ...] = ((20, 30), (17, 33), (2, 20, 30), (600,), (20, 30))
     results = []
-    for backend, capturable in (("eager", False), ("triton", False), ("triton", True)):
+    for backend, on_device in (("eager", False), ("triton", capturable)):
         params = make_params(shapes, torch.bfloat16, device)
         params[1].data = params[1].data.mT.contiguous().mT
         optimizer = LoRAPreAdamW(
             params, rank=4, lr=0.1, weight_decay=1.0, stochastic_rounding=True, backend=backend, seed=seed,
-            capturable=capturable, regression=regression, **options,
+            capturable=on_device, regression=regression, **options,
         )  # fmt: skip
         for _ in range(2):  # the weights decay, and nothing else
             set_grads(params, [torch.zeros_like(param) for param in params])
             optimizer.step()
         results.append([param.detach().clone() for param in params])
     assert_same_bits(results[1], results[0])
-    assert_same_bits(results[2], results[0])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import shutil
 import socket
 import sys
@@ -12,12 +14,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _data import DOCUMENTS
 from _finetune import pairs, write_lines
 from _lab import FINISHED, Cli, call, exit_code, options, sentences, write_model, write_text
+
+
+@pytest.fixture(scope="session", autouse=True)
+def still() -> Iterator[None]:
+    """The modules' own objects are left out of garbage collections, of which accelerate makes one after each run."""
+    for module in ("cli", "training", "finetune", "evaluate"):
+        importlib.import_module(f"lorapre.lab.{module}")
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are put together and written, but not drawn: for tests of runs, of which that is half of the time."""
+    monkeypatch.setattr(Figure, "savefig", lambda _, path, **__: Path(path).write_bytes(b"a figure"))
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from lorapre.lab.models import resolve_model
 
+pytestmark = pytest.mark.usefixtures("sketched")
+
 
 def nothing(_: Path) -> None:
     pass

@@ -303,6 +303,7 @@ def test_the_eta_of_a_resumed_run_counts_its_own_steps_alone() -> None:
     bar.stop()
 
 
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize(
     "given",
     [

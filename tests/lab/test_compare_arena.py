@@ -48,7 +48,7 @@ SMALL = options(**SMALL_COMPARISON)
 
 
 @pytest.fixture
-def compare(here: Path, capfd: pytest.CaptureFixture[str]) -> Compare:
+def compare(here: Path, sketched: None, capfd: pytest.CaptureFixture[str]) -> Compare:
     """``lorapre compare`` in this process, from the folder ``here``."""
 
     def call(*arguments: str) -> Outcome:
@@ -147,7 +147,7 @@ def test_more_optimizers_and_seeds_add_their_runs_alone(small: Path, here: Path,
     assert [table(small)[key]["seeds"] for key in ("adamw", "muon")] == [[0, 1]] * 2
 
 
-def test_a_killed_comparison_goes_on_and_repeats_no_finished_run(here: Path, lab: Path) -> None:
+def test_a_killed_comparison_goes_on_and_repeats_no_finished_run(here: Path, compare: Compare) -> None:
     command = [sys.executable, "-c", "from lorapre.lab.cli import main; main()", "compare", *SMALL, "--out", "out"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(
@@ -168,12 +168,12 @@ def test_a_killed_comparison_goes_on_and_repeats_no_finished_run(here: Path, lab
         str(here / "out" / "runs" / name / "summary.json") for name in interrupted
     }
     before = stamps(here / "out")
-    second = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert second.returncode == 0, second.stderr
+    second = compare(*SMALL, "--out", "out")
+    assert second.code == 0, second.err
     after = stamps(here / "out")
     assert after.items() > before.items()
     assert len(after) == 6
-    assert second.stdout.count("steps:") == 6 - len(before)
+    assert second.out.count("steps:") == 6 - len(before)
 
 
 def test_a_killed_worker_is_a_row_and_not_the_end(here: Path, compare: Compare) -> None:
@@ -293,6 +293,7 @@ def test_factorised_weights_train_beside_the_others_and_pretrain_saves_them_merg
     assert facts["matrix_state_bytes"] == facts["formula_bytes"]
 
 
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize("optimizer", ["galore-ours", "muon", "sltrain", "relora"])
 def test_a_rivals_run_resumes_exactly(here: Path, optimizer: str) -> None:
     from _lab import cut_before_step

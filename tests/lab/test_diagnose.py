@@ -94,6 +94,7 @@ def test_the_rows_are_measured_against_the_gradients_that_the_optimizer_got(run:
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize("cut", [4, 9, 13])
 def test_a_run_cut_anywhere_and_resumed_writes_the_rows_of_the_run_left_alone(
     run: Callable[..., Path], pretrain: Cli, here: Path, cut: int
@@ -109,6 +110,7 @@ def test_a_run_cut_anywhere_and_resumed_writes_the_rows_of_the_run_left_alone(
     assert_same_run(here / "run", alone)
 
 
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize("optimizer", ["lorapre-muon", "lorapre-sgd", "lorapre-lion"])
 def test_the_other_optimizers_are_watched_too_and_resume_as_if_left_alone(
     run: Callable[..., Path], pretrain: Cli, here: Path, optimizer: str
@@ -124,6 +126,7 @@ def test_the_other_optimizers_are_watched_too_and_resume_as_if_left_alone(
     assert_same_run(here / "run", alone)
 
 
+@pytest.mark.usefixtures("sketched")
 def test_room_is_made_for_the_dense_momenta_of_every_checkpoint(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +152,7 @@ def test_a_run_killed_after_its_last_step_keeps_its_rows_and_is_drawn(run: Calla
     assert (folder / "diagnostics.png").exists()
 
 
+@pytest.mark.usefixtures("sketched")
 def test_a_checkpoint_without_the_dense_momenta_is_not_resumed_from(
     run: Callable[..., Path], pretrain: Cli, here: Path
 ) -> None:
@@ -170,6 +174,7 @@ def test_resuming_with_another_interval_is_refused(pretrain: Cli, here: Path) ->
     assert "began with 2" in outcome.message
 
 
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize("off", [[], ["--diagnose", "0"]])
 def test_it_is_off_by_default_and_at_0(run: Callable[..., Path], off: list[str]) -> None:
     folder = run("run", *off, "--optimizer", "adamw", "--steps", "2")
@@ -205,6 +210,7 @@ def test_an_interval_that_measures_nothing_is_refused(pretrain: Cli, here: Path,
     assert not (here / "run").exists()
 
 
+@pytest.mark.usefixtures("sketched")
 def test_of_the_twins_those_with_factors_are_watched_too(run: Callable[..., Path]) -> None:
     folder = run("run", "--diagnose", "7", "--compare", "adamw", "--compare", "lorapre-adamw-paper")
     ours, other = folder / "compare-lorapre-adamw-paper", folder / "compare-adamw"

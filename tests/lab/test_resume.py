@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from _lab import (
     FINISHED,
     Cli,
     Cut,
     assert_same_run,
     cut_before_step,
+    exit_code,
     optimizer_steps,
     options,
     records,
@@ -31,6 +33,7 @@ from _lab import (
 
 from lorapre.lab.callbacks import CheckpointMarker
 
+pytestmark = pytest.mark.usefixtures("sketched")
 STEPS_PER_EPOCH = 31
 RUN = options(
     model="tiny.json",
@@ -48,12 +51,14 @@ RUN = options(
 
 @pytest.fixture(scope="module")
 def alone(lab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run left alone. Made in a process of its own, like the ones that are killed."""
+    """The run left alone."""
     folder = tmp_path_factory.mktemp("alone")
     for name in ("tiny.json", "text.txt"):
         shutil.copy2(lab / name, folder / name)
-    process = start(folder, *RUN, "--save-every", "30", "--out", "run")
-    assert process.wait() == 0
+    torch.set_num_threads(1)  # as for every test, of which the first comes after this
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert exit_code("pretrain", *RUN, "--save-every", "30", "--out", "run") == 0
     assert len(records(folder / "run")) == 70 + 4
     return folder / "run"
 
@@ -81,7 +86,9 @@ def logged(folder: Path, step: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_killed_before_and_after_its_first_checkpoint_ends_as_the_run_left_alone(here: Path, alone: Path) -> None:
+def test_a_run_killed_before_and_after_its_first_checkpoint_ends_as_the_run_left_alone(
+    pretrain: Cli, here: Path, alone: Path
+) -> None:
     run = here / "run"
     kill_once(start(here, *RUN, "--save-every", "30", "--out", "run"), lambda: logged(run, 4))
     assert not (run / "checkpoints" / "checkpoint-30").exists()
@@ -92,7 +99,7 @@ def test_a_run_killed_before_and_after_its_first_checkpoint_ends_as_the_run_left
     assert (run / "checkpoints" / "checkpoint-30" / "complete").exists()
     assert not (run / "checkpoints" / "checkpoint-60").exists()
 
-    assert start(here, "--resume", "--out", "run").wait() == 0
+    assert pretrain("--resume", "--out", "run").code == 0
     assert_same_run(run, alone)
 
 

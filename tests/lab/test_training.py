@@ -21,6 +21,7 @@ from lorapre.lab.optimizers import OPTIMIZERS
 from lorapre.lab.run_folder import RunFolder
 from lorapre.lab.training import starting_point
 
+pytestmark = pytest.mark.usefixtures("sketched")
 SHORT = options(model="tiny.json", data="text.txt", tokenizer="bpe:300", batch_size=8, sequence_length=16, log_every=1)
 
 
