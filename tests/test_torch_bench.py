@@ -46,7 +46,7 @@ OWN: dict[type[torch.optim.Optimizer], dict[str, dict[str, Any]]] = {
         "betas": {"betas": (0.5, 0.9), "eps": 1e-6},
         "full second moment": {"second_moment": "full"},
         "rank-1 second moment": {"second_moment": "rank1", "eps_mode": "absolute"},
-        "clipped": {"update_clipping": True},
+        "clipped": {"update_clipping": True, "spectral_clipping": 0.5},
         "hadamard": {"second_moment": "hadamard", "second_moment_rank": 2},
         "the paper": {
             **PAPER,
@@ -103,6 +103,8 @@ def error_inputs_of(cls: type[torch.optim.Optimizer], device: Any, dtype: torch.
         table.append(refused({"betas": (1.0, 0.0)}, "Invalid beta parameter at index 0: 1.0"))
     if cls in (LoRAPreAdamW, LoRAPreMuon):
         table.append(refused({"eps": -1}, "Invalid eps value: -1"))
+    if cls is LoRAPreAdamW:
+        table.append(refused({"spectral_clipping": 0.0}, "Invalid spectral_clipping: 0.0"))
     if cls in (LoRAPreSGD, LoRAPreMuon):
         table.append(refused({"momentum": -0.5}, "Invalid momentum value: -0.5"))
     return get_error_inputs_for_all_optims(device, dtype) + table
@@ -506,8 +508,8 @@ class TestOnTorchsBench(TestCase):
         self, device, dtype, optim_info
     ) -> None:
         elsewhere = {"view_3d", "state_dtype", "seed", "compress", "stochastic_rounding"}
-        if optim_info.optim_cls is LoRAPreAdamW:
-            elsewhere.add("backend")  # test_triton_dispatch.py
+        if optim_info.optim_cls in (LoRAPreAdamW, LoRAPreMuon):
+            elsewhere.add("backend")  # test_triton_dispatch.py, test_triton_muon.py
         used = {key for given in optim_info.optim_inputs_func(device=device) for key in given.kwargs}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

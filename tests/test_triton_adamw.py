@@ -10,7 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from _support import ReferenceRun, Shape, assert_close, assert_same_bits, gradients, make_params, set_grads, snapshot
-from _triton import OPTIONS, EagerAdamW, TritonAdamW, both, needs_triton, params_of, scalars_as_bounds, small_blocks  # noqa: F401
+from _triton import (  # noqa: F401
+    OPTIONS,
+    EagerAdamW,
+    TritonAdamW,
+    both,
+    exact_products,
+    needs_triton,
+    params_of,
+    scalars_as_bounds,
+    small_blocks,
+)
 from lorapre.backends.batches import Bucket
 from lorapre.backends.triton import table
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from _formulas import random_matrix
 from _support import assert_close
-from _triton import needs_triton, scalars_as_bounds, small_blocks  # noqa: F401
+from _triton import exact_products, needs_triton, scalars_as_bounds, small_blocks  # noqa: F401
 from lorapre import subspace
 from lorapre.backends import triton as backend
 

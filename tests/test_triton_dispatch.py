@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from _support import assert_close, assert_same_bits, gradients, make_params, set_grads, snapshot
-from _triton import OPTIONS, needs_triton, scalars_as_bounds  # noqa: F401
+from _triton import OPTIONS, exact_products, needs_triton, scalars_as_bounds  # noqa: F401
 from lorapre import LoRAPreAdamW
 from lorapre.backends import dispatch, eager
 from lorapre.backends import triton as backend

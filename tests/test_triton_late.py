@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from _support import assert_close, assert_same_bits, make_params, random_grads, set_grads, snapshot
-from _triton import OPTIONS, needs_triton, scalars_as_bounds  # noqa: F401
+from _triton import OPTIONS, exact_products, needs_triton, scalars_as_bounds  # noqa: F401
 from lorapre import LoRAPreAdamW, NonFiniteGradientError
 from lorapre.backends.triton import table
 from lorapre.diagnostics import MomentumDiagnostics

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from _support import Shape, assert_close, assert_same_bits, gradients, make_params, set_grads, snapshot
-from _triton import DEVICE, OPTIONS, EagerAdamW, both, needs_triton, params_of, scalars_as_bounds  # noqa: F401
+from _triton import DEVICE, OPTIONS, EagerAdamW, both, exact_products, needs_triton, params_of, scalars_as_bounds  # noqa: F401
 from lorapre.backends import triton as backend
 from lorapre.backends.batches import Bucket
 from lorapre.backends.rounding import Rounding
