@@ -235,7 +235,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lorapre.backends.triton import bases, cholesky, elements, first_pass, second_pass, table
 
-numbers = "decay gain beta2 eps keep cross outside v_scale rate step limit shift".split()
+numbers = "decay gain beta2 eps keep cross outside v_scale rate step limit shift sign".split()
 integers = "n seed right_programs".split()
 lists = "items starts right_items left_items".split()
 
@@ -284,6 +284,7 @@ for target, rank, kind, narrow, precision in (
           PRECISION=precision, **tile)
     block = table.blocks(table.UPDATE, rank, size)
     tile |= dict(BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols)
+    del tile["NEGATE"]
     made = build(second_pass.update, target, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, RELATIVE=True,
                  BOUNDED=True, STOCHASTIC=narrow, ROUNDS=7, X_IN_STATE=True, L_IN_STATE=not narrow, W_ORDER=1,
                  G_ORDER=2, MOMENTUM_PRECISION=precision, LEFT_PRECISION=precision, **tile)
