@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from _support import ReferenceRun, Shape, assert_close, assert_same_bits, gradients, make_params, set_grads, snapshot
 from _triton import (  # noqa: F401
+    DEVICE,
     OPTIONS,
     EagerAdamW,
     TritonAdamW,
@@ -294,6 +295,26 @@ def test_a_rerun_gives_the_same_bits(device: torch.device) -> None:
         optimizer.step()
         results.append(snapshot(optimizer))
     assert_same_bits(*results)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program after the other: it has no races")
+@pytest.mark.parametrize("rank", [16, 32, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reruns_of_many_programs_at_once_give_the_same_bits(
+    rank: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    shapes: tuple[Shape, ...] = ((2048, 2048), (2048, 1365), (1365, 2048)) * 2  # rows aligned and not
+    first: Any = None
+    for _ in range(4):
+        optimizer, _ = both(shapes, dtype, device, rank=rank, update_clipping=True)
+        for step in range(2):
+            drawn = torch.Generator(device).manual_seed(step)
+            grads = [torch.randn(shape, generator=drawn, device=device).to(dtype) for shape in shapes]
+            set_grads(params_of(optimizer), grads)
+            optimizer.step()
+        if first is None:
+            first = snapshot(optimizer)
+        assert_same_bits(snapshot(optimizer), first)
 
 
 @pytest.mark.parametrize("second_moment", ["rank1", "full"])

@@ -238,7 +238,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lorapre.backends.triton import table
 
-numbers = "decay gain ahead beta2 eps keep cross outside v_scale rate step limit shift weight factor clipping".split()
+numbers = "decay gain ahead beta2 eps keep cross outside v_scale rate step limit shift weight factor".split()
+numbers += ["clipping", "sign"]
 integers = "n seed right_programs first tiles row_tiles col_tiles numel".split()
 lists = "items starts right_items left_items".split()
 
@@ -258,6 +259,7 @@ def build(kernel, target, blocks=None, **constants):
     return compile(source, target=target, options=options)
 """
 COMPILE = """
+import re
 from lorapre.backends.triton import bases, cholesky, elements, first_pass, second_pass, spectral
 
 for target, rank, kind, narrow, precision in (
@@ -294,14 +296,22 @@ for target, rank, kind, narrow, precision in (
     build(spectral.divide, target, block, BLOCK_P=block.rows, CLIP=True, X_IN_STATE=not narrow, **shared)
     block = table.blocks(table.UPDATE, rank, size)
     tile |= dict(BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols)
+    del tile["NEGATE"]
     made = build(second_pass.update, target, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, RELATIVE=True,
                  BOUNDED=True, STOCHASTIC=narrow, ROUNDS=7, X_IN_STATE=True, L_IN_STATE=not narrow, W_ORDER=1,
                  G_ORDER=2, MOMENTUM_PRECISION=precision, LEFT_PRECISION=precision, **tile)
     print(*sorted(made.asm.keys() & {"cubin", "hsaco"}), made.metadata.shared <= 227 * 1024)
+
+# No product may still read shared memory when it is filled for the turn after the next.
+block = table.blocks(table.PROJECT, 64, 4)
+made = build(first_pass.project, GPUTarget("cuda", 90, 32), block, G_TYPE=tl.float32, S_TYPE=tl.float32, R=64, ORDER=1,
+             BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=False, CLIP=True, BF16=False,
+             SPECTRAL=True, FULL=False, V_ORDER=0, PRECISION="tf32")
+print(sorted(set(re.findall(r"warp_group_dot_wait .*pendings = ([0-9]+)", made.asm["ttgir"]))))
 """
 
 
 def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Any) -> None:
     # The interpreter takes what the compiler does not.
     pytest.importorskip("triton.backends.nvidia")
-    assert isolated(BUILD + COMPILE, TRITON_CACHE_DIR=str(tmp_path)) == "cubin True\nhsaco True"
+    assert isolated(BUILD + COMPILE, TRITON_CACHE_DIR=str(tmp_path)) == "cubin True\nhsaco True\n['0']"

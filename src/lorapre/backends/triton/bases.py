@@ -254,7 +254,10 @@ def finish(
     V_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The new state, where the step is enabled: m_A from L^T T, m_B = U R^T with R of L's basis, v_row if V_ROWS."""
+    """The new state, where the step is enabled: m_A from L^T T, m_B = U R^T with R of L's basis, v_row if V_ROWS.
+
+    T is upper triangular, and so the last ranks come first: where L lies in m_A's place, the others do not need them.
+    """
     pid = tl.program_id(0)
     left = pid >= right_programs
     item = tl.where(left, left_items + (pid - right_programs) * 2, right_items + pid * 2)
@@ -274,10 +277,12 @@ def finish(
     in_stride = tl.where(left, 1, R)
     out_stride = tl.where(left, R, 1)
     inside = rows < length * on
-    for at in range(0, BLOCK_R, OUT):
+    for before in range(0, BLOCK_R, OUT):
+        at = BLOCK_R - OUT - before
         out = at + tl.arange(0, OUT)
         total = tl.zeros((BLOCK, OUT), tl.float32)
-        for inner in range(0, BLOCK_R, INNER):
+        # What is on the diagonal or beside it, where zeros are not.
+        for inner in range(tl.where(left, at // INNER * INNER, 0), tl.where(left, BLOCK_R, at + OUT), INNER):
             ranks = inner + tl.arange(0, INNER)
             x = tl.load(
                 source + (rows[:, None] + ranks[None, :] * column),
@@ -290,6 +295,7 @@ def finish(
                 other=0.0,
             )
             total = tl.dot(x, t, total, input_precision=PRECISION)
+        tl.debug_barrier()  # all have read what is overwritten
         new = nearest(total, S_TYPE)
         if left:
             tl.store(target + (rows[:, None] * R + out[None, :]), new, mask=inside[:, None] & (out < R)[None, :])

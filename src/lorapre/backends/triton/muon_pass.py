@@ -75,6 +75,7 @@ def momentum(
     tiles,
     gain,
     weight,
+    sign,
     G_TYPE: tl.constexpr,
     S_TYPE: tl.constexpr,
     M_TYPE: tl.constexpr,
@@ -82,7 +83,6 @@ def momentum(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    NEGATE: tl.constexpr,
     X_IN_STATE: tl.constexpr,
     L_IN_STATE: tl.constexpr,
     ORDER: tl.constexpr,
@@ -140,16 +140,15 @@ def momentum(
             mask=(rows < p)[:, None] & (cols < q)[None, :],
             other=0.0,
         )
-        if NEGATE:
-            raw = -raw
-        g = raw.to(tl.float32)
+        # A factor, whatever it is, has the product take G from registers: see the update of Adam.
+        g = sign * raw.to(tl.float32)
         u = tl.load(
             U_base + (ranks[:, None] * U_column + rows[None, :]),
             mask=(ranks < R)[:, None] & (rows < U_column)[None, :],
             other=0.0,
         )
         if BF16:
-            left = tl.dot(tl.trans(raw), tl.trans(u.to(tl.bfloat16)), left)
+            left = tl.dot(tl.trans(raw), tl.trans((sign * u).to(tl.bfloat16)), left)
         else:
             left = tl.dot(tl.trans(g), tl.trans(u), left, input_precision=LEFT_PRECISION)
         if (R_BLOCKS == 1) | (r_block == 0):

@@ -168,6 +168,7 @@ def update(
     eps,
     limit,
     seed,
+    sign,
     W_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
     S_TYPE: tl.constexpr,
@@ -175,7 +176,6 @@ def update(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    NEGATE: tl.constexpr,
     RELATIVE: tl.constexpr,
     BOUNDED: tl.constexpr,
     CLIP: tl.constexpr,
@@ -217,7 +217,7 @@ def update(
     row = coefficients + matrix * WIDTH
     on = (tl.load(row + ON) != 0).to(tl.int32)
     live = p * on
-    outside = tl.load(row + OUTSIDE)
+    signed = sign * tl.load(row + OUTSIDE)
     v_scale = tl.load(row + V_SCALE)
     rate = tl.load(row + RATE)
     decay = tl.load(row + DECAY)
@@ -267,6 +267,10 @@ def update(
     # W is asked for one turn ahead: nothing else would hide how long it takes.
     inside = (first < live)[:, None] & (cols < q)[None, :]
     coming = tl.load(tile_of(W_base, first, cols, W_row_stride, W_col_stride, W_ORDER), mask=inside, other=0.0)
+    # So is G where its numbers are too small to be copied to shared memory one by one, some turns ahead.
+    AHEAD: tl.constexpr = not ALIGNED and (G_TYPE != tl.float32)  # noqa: SIM300 (no constant)
+    if AHEAD:
+        coming_g = tl.load(tile_of(G_base, first, cols, G_row_stride, G_col_stride, G_ORDER), mask=inside, other=0.0)
     if FULL:  # likewise, by those programs alone that write it
         V_live = live * (r_block == 0).to(tl.int32)
         coming_v = tl.load(
@@ -291,9 +295,17 @@ def update(
                 mask=(after < V_live)[:, None] & (cols < q)[None, :],
                 other=0.0,
             )
-        raw = tl.load(tile_of(G_base, rows, cols, G_row_stride, G_col_stride, G_ORDER), mask=inside, other=0.0)
-        if NEGATE:
-            raw = -raw
+        else:  # here, where nobody waits for it yet
+            v = tl.load(v_row + rows, mask=rows < p, other=0.0).to(tl.float32) * old
+        if AHEAD:
+            raw = coming_g
+            coming_g = tl.load(
+                tile_of(G_base, after, cols, G_row_stride, G_col_stride, G_ORDER),
+                mask=(after < live)[:, None] & (cols < q)[None, :],
+                other=0.0,
+            )
+        else:
+            raw = tl.load(tile_of(G_base, rows, cols, G_row_stride, G_col_stride, G_ORDER), mask=inside, other=0.0)
         g = raw.to(tl.float32)
         square = g * g
         if not FULL:
@@ -304,21 +316,22 @@ def update(
             other=0.0,
         )
         if BF16:
-            left = tl.dot(tl.trans(raw), tl.trans(u.to(tl.bfloat16)), left)
+            left = tl.dot(tl.trans(raw), tl.trans((sign * u).to(tl.bfloat16)), left)
         else:
-            left = tl.dot(tl.trans(g), tl.trans(u), left, input_precision=LEFT_PRECISION)
+            # With a factor, whatever it is, the product has G from registers. From shared memory it would have to lie
+            # there transposed, written number by number, with eight of a warp's numbers in one bank.
+            left = tl.dot(tl.trans(sign * g), tl.trans(u), left, input_precision=LEFT_PRECISION)
         if (R_BLOCKS == 1) | (r_block == 0):
             momentum = tracked(
                 X_base, A_base, basis, rows, cols, p, q, R, BLOCK_R, BLOCK_P, BLOCK_Q, BF16, MOMENTUM_PRECISION
             )
-            m = outside * g + tl.trans(momentum)
+            m = signed * g + tl.trans(momentum)
             if FULL:
                 v = beta2 * here_v.to(tl.float32) + (1.0 - beta2) * square
                 V_addresses = tile_of(V_base, rows, cols, V_row_stride, V_col_stride, V_ORDER)
                 tl.store(V_addresses, nearest(v, S_TYPE), mask=inside)
                 denominator = tl.sqrt(v * v_scale) + eps
             else:
-                v = tl.load(v_row + rows, mask=rows < p, other=0.0).to(tl.float32) * old
                 denominator = tl.sqrt(v[:, None] * v_col[None, :] + fresh * square) + eps
             still = denominator <= eps  # where v is 0
             if RELATIVE:
