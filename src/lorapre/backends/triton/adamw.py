@@ -14,7 +14,7 @@ from lorapre import factors, subspace
 from lorapre.backends import rounding
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
-from lorapre.backends.triton import bases, cholesky, elements, first_pass, second_pass, table
+from lorapre.backends.triton import bases, cholesky, elements, first_pass, high_rank, second_pass, table
 from lorapre.backends.triton.layout import Layouts, Work
 from lorapre.backends.triton.step import TYPES, Step, on_device_of, turns
 
@@ -41,9 +41,9 @@ class SubspaceStep(Step):
 
     Launches, whatever the number of shapes: coefficients, pass 1, its sums, 7 for the left basis, what it carries over,
     pass 2, 6 for the right basis, the new state: 19; one more where a mask arrives after the first pass. The two passes
-    are launched once for each order of the numbers of W, G and v. Beyond `lorapre.backends.triton.table.FUSED_RANK`
-    there are 5 more. With counters on the device the coefficients are some 20 operations on n numbers instead of one
-    launch.
+    are launched once for each order of the numbers of W, G and v. With counters on the device the coefficients are some
+    20 operations on n numbers instead of one launch. Beyond `lorapre.backends.triton.table.KERNEL_RANK` torch takes
+    over after the first pass: some 80 operations a shape and 10 a matrix.
 
     Args:
         buckets: matrices that `lorapre.backends.triton.supports`, of one device and rank, of one dtype each of
@@ -60,18 +60,19 @@ class SubspaceStep(Step):
         self.full = "exp_avg_sq" in buckets[0].state
         self.blocks = table.blocks(table.PROJECT, self.r, self.G_dtype.itemsize)
         self.update_blocks = table.blocks(table.UPDATE, self.r, max(self.G_dtype.itemsize, self.W_dtype.itemsize))
+        self.by_torch = self.r > table.KERNEL_RANK
         # m_B's place takes X, and m_A's takes L, where they can: nobody else needs them any more.
         self.X_in_state = self.S_dtype == torch.float32
         self.L_in_state = self.X_in_state and self.update_blocks.rank >= self.r
         p = self.matrices.p
         self.U = self._empty(self.matrices.left)
-        self.X = self.U if self.X_in_state else self._empty(self.matrices.left)
-        self.L = self.U if self.L_in_state else self._empty(self.matrices.right)
+        self.X = self.U if self.X_in_state or self.by_torch else self._empty(self.matrices.left)
+        self.L = self.U if self.L_in_state or self.by_torch else self._empty(self.matrices.right)
         self.row_sums = self._empty(sum(p))
         self.sizes = self._empty(self.n)
         self.squares = self._empty(self.n)  # sums of G^2, after `read`
         self.surprises = self._empty(self.n)
-        self.T, self.triangles, self.lower = (self._squares(self.n) for _ in range(3))
+        self.T, self.triangles, self.lower = (self._squares(0 if self.by_torch else self.n) for _ in range(3))
         self.project_rows = self._work(p, self.blocks.rows)
         self.project_parts = math.ceil(self.r / self.blocks.rank)
         self.parts = self._empty(self.project_rows.tiles * self.project_parts * elements.PART.value)
@@ -101,6 +102,9 @@ class SubspaceStep(Step):
         with on_device_of(self.buckets):
             if enabled is not None:
                 self.coefficients.select(1, elements.ON.value).copy_(enabled)
+            if self.by_torch:
+                high_rank.proceed(self)
+                return
             C = self._carried(self._left_basis())
             self._update(C)
             self._right_basis()
@@ -195,6 +199,7 @@ class SubspaceStep(Step):
                 factors.update_bound(hyper.beta2),
                 0 if self.seed is None else self.seed,
                 -1.0 if self.maximize else 1.0,
+                0,
                 W_TYPE=TYPES[self.W_dtype],
                 G_TYPE=TYPES[self.G_dtype],
                 S_TYPE=TYPES[self.S_dtype],
@@ -206,6 +211,7 @@ class SubspaceStep(Step):
                 BOUNDED=hyper.bounded,
                 CLIP=hyper.update_clipping,
                 FULL=self.full,
+                GIVEN=False,
                 STOCHASTIC=self.seed is not None,
                 ROUNDS=rounding.ROUNDS,
                 X_IN_STATE=self.X_in_state,

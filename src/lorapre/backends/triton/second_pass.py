@@ -57,7 +57,7 @@ from lorapre.backends.triton.elements import (
 CLOSING = tl.constexpr(8 * 2.0**-23)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_given"])
 def update(
     matrices,
     items,
@@ -76,6 +76,7 @@ def update(
     limit,
     seed,
     sign,
+    first_given,
     W_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
     S_TYPE: tl.constexpr,
@@ -87,6 +88,7 @@ def update(
     BOUNDED: tl.constexpr,
     CLIP: tl.constexpr,
     FULL: tl.constexpr,
+    GIVEN: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ROUNDS: tl.constexpr,
     X_IN_STATE: tl.constexpr,
@@ -104,7 +106,8 @@ def update(
     `lorapre.backends.triton.elements.totals`; ``sizes`` (n) becomes the size of a row of L, at most, by which L is
     closed with a share of the old basis. The products are formed transposed, (columns, ranks) and (columns, rows): then
     what is wide goes along the 64 rows that Hopper's tensor cores want, tiles may be narrow, and several programs share
-    a processor and hide each other's latency.
+    a processor and hide each other's latency. Where GIVEN, U is the momentum X A itself, (p, q) of one matrix after the
+    other from ``first_given`` on, and W and v are all that is stepped.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     ALIGNED: tl.constexpr = (G_ORDER == ROWS_ALIGNED) | (G_ORDER == COLUMNS_ALIGNED)
@@ -158,7 +161,9 @@ def update(
         fresh = (1.0 - beta2) * v_scale
         old = beta2 * v_scale / mean
 
-    if R_BLOCKS == 1:  # the loop below stores, so that the compiler would read it again in every turn
+    if GIVEN:
+        U_base = U + (matrix - first_given) * p * q
+    elif R_BLOCKS == 1:  # the loop below stores, so that the compiler would read it again in every turn
         basis = tl.load(
             A_base + (ranks[:, None] * q + cols[None, :]),
             mask=(ranks < R)[:, None] & (cols < q)[None, :],
@@ -215,12 +220,15 @@ def update(
         square = g * g
         if not FULL:
             squares += square
-        u = tl.load(
-            U_base + (ranks[:, None] * U_column + rows[None, :]),
-            mask=(ranks < R)[:, None] & (rows < U_column)[None, :],
-            other=0.0,
-        )
-        if BF16:
+        if not GIVEN:
+            u = tl.load(
+                U_base + (ranks[:, None] * U_column + rows[None, :]),
+                mask=(ranks < R)[:, None] & (rows < U_column)[None, :],
+                other=0.0,
+            )
+        if GIVEN:
+            pass
+        elif BF16:
             left = tl.dot(tl.trans(raw), tl.trans((sign * u).to(tl.bfloat16)), left)
         else:
             # With a factor, whatever it is, the product has G from registers. From shared memory it would have to lie
@@ -228,7 +236,7 @@ def update(
             left = tl.dot(tl.trans(sign * g), tl.trans(u), left, input_precision=LEFT_PRECISION)
         if (R_BLOCKS == 1) | (r_block == 0):
             momentum = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
-            for k in tl.static_range(0, R_BLOCKS):
+            for k in tl.static_range(0, 0 if GIVEN else R_BLOCKS):
                 r = k * BLOCK_R + tl.arange(0, BLOCK_R)
                 x = tl.load(
                     X_base + (rows[:, None] * R + r[None, :]), mask=(rows < p)[:, None] & (r < R)[None, :], other=0.0
@@ -245,7 +253,10 @@ def update(
                     momentum = tl.dot(tl.trans(a.to(tl.bfloat16)), tl.trans(x.to(tl.bfloat16)), momentum)
                 else:
                     momentum = tl.dot(tl.trans(a), tl.trans(x), momentum, input_precision=MOMENTUM_PRECISION)
-            m = signed * g + tl.trans(momentum)
+            if GIVEN:
+                m = signed * g + tl.load(U_base + (rows[:, None] * q + cols[None, :]), mask=inside, other=0.0)
+            else:
+                m = signed * g + tl.trans(momentum)
             if FULL:
                 v = beta2 * here_v.to(tl.float32) + (1.0 - beta2) * square
                 V_addresses = tile_of(V_base, rows, cols, V_row_stride, V_col_stride, V_ORDER)
@@ -274,39 +285,41 @@ def update(
             else:
                 tl.store(W_addresses, nearest(w, W_TYPE), mask=inside)
 
-    # L in this block's columns, of which m_A is not needed any more.
-    C_base = C + matrix * R * R
-    size = tl.zeros((BLOCK_R,), tl.float32)
-    carried = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
-    before = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
-    for k in range(0, R, BLOCK_R):
-        r = k + tl.arange(0, BLOCK_R)
-        c = tl.load(C_base + ranks[:, None] * R + r[None, :], mask=(ranks < R)[:, None] & (r < R)[None, :], other=0.0)
-        if R_BLOCKS > 1:
-            a = tl.load(
-                A_base + (r[:, None] * q + cols[None, :]),
-                mask=(r < R)[:, None] & (cols < q)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-        else:
-            a = basis
-        carried = tl.dot(c, a, carried, input_precision=LEFT_PRECISION)
-        if k == r_block * BLOCK_R:
-            before = a
-        for other in range(0, R, BLOCK_R):  # all of C, whichever the ranks of this program are
-            s = other + tl.arange(0, BLOCK_R)
-            d = tl.load(C_base + s[:, None] * R + r[None, :], mask=(s < R)[:, None] & (r < R)[None, :], other=0.0)
-            size += tl.sum(d * d, axis=1)
-    size_of_row = tl.sqrt((tl.sum(size, axis=0) + gain * gain * tl.load(sums + matrix)) / R)
-    share = tl.where(size_of_row > 0, CLOSING * size_of_row, 1.0)
-    new = carried + gain * tl.trans(left) + share * before
-    column = ranks[:, None] * q + cols[None, :]
-    L_base = place_in(L, matrices, matrix, RIGHT, A, L_IN_STATE, ALIGNED)
-    ranked = (ranks < R * (on if L_IN_STATE else 1))[:, None]
-    tl.store(L_base + column, new, mask=ranked & (cols < q)[None, :])
+    if not GIVEN:
+        # L in this block's columns, of which m_A is not needed any more.
+        C_base = C + matrix * R * R
+        size = tl.zeros((BLOCK_R,), tl.float32)
+        carried = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
+        before = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
+        for k in range(0, R, BLOCK_R):
+            r = k + tl.arange(0, BLOCK_R)
+            at = ranks[:, None] * R + r[None, :]
+            c = tl.load(C_base + at, mask=(ranks < R)[:, None] & (r < R)[None, :], other=0.0)
+            if R_BLOCKS > 1:
+                a = tl.load(
+                    A_base + (r[:, None] * q + cols[None, :]),
+                    mask=(r < R)[:, None] & (cols < q)[None, :],
+                    other=0.0,
+                ).to(tl.float32)
+            else:
+                a = basis
+            carried = tl.dot(c, a, carried, input_precision=LEFT_PRECISION)
+            if k == r_block * BLOCK_R:
+                before = a
+            for other in range(0, R, BLOCK_R):  # all of C, whichever the ranks of this program are
+                s = other + tl.arange(0, BLOCK_R)
+                d = tl.load(C_base + s[:, None] * R + r[None, :], mask=(s < R)[:, None] & (r < R)[None, :], other=0.0)
+                size += tl.sum(d * d, axis=1)
+        size_of_row = tl.sqrt((tl.sum(size, axis=0) + gain * gain * tl.load(sums + matrix)) / R)
+        share = tl.where(size_of_row > 0, CLOSING * size_of_row, 1.0)
+        new = carried + gain * tl.trans(left) + share * before
+        column = ranks[:, None] * q + cols[None, :]
+        L_base = place_in(L, matrices, matrix, RIGHT, A, L_IN_STATE, ALIGNED)
+        ranked = (ranks < R * (on if L_IN_STATE else 1))[:, None]
+        tl.store(L_base + column, new, mask=ranked & (cols < q)[None, :])
+        if tile == 0:
+            tl.store(sizes + matrix, size_of_row)
     if not FULL:
         first_of_ranks = (r_block == 0).to(tl.int32)
         average = v_col + (1.0 - beta2) * (tl.sum(squares, axis=0) / p - v_col)
         tl.store(col_base + cols, nearest(average, S_TYPE), mask=cols < q * first_of_ranks * on)
-    if tile == 0:
-        tl.store(sizes + matrix, size_of_row)
