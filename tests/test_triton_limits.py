@@ -98,7 +98,7 @@ def test_scratch_is_what_is_foreseen_and_a_small_share_of_a_large_model(device: 
         foreseen = table.scratch_bytes(bucket.view, dtype, sketched="spectral_clipping" in options)
         assert 0.9 * watch.total <= foreseen + 4096
         assert foreseen <= 1.6 * watch.total
-    assert table.scratch_limit(5 * 10**9) == 10**8
+    assert table.scratch_limit(10**10) == 4.5 * 10**8
 
 
 def test_layouts_are_made_once_while_tensors_stay_in_place(device: torch.device) -> None:
@@ -240,7 +240,7 @@ from lorapre.backends.triton import table
 
 numbers = "decay gain ahead beta2 eps keep cross outside v_scale rate step limit shift weight factor".split()
 numbers += ["clipping", "sign"]
-integers = "n seed right_programs first tiles row_tiles col_tiles numel".split()
+integers = "n seed right_programs first first_given tiles row_tiles col_tiles numel".split()
 lists = "items starts right_items left_items".split()
 
 def build(kernel, target, blocks=None, **constants):
@@ -297,9 +297,9 @@ for target, rank, kind, narrow, precision in (
     block = table.blocks(table.UPDATE, rank, size)
     tile |= dict(BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols)
     del tile["NEGATE"]
-    made = build(second_pass.update, target, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, RELATIVE=True,
-                 BOUNDED=True, STOCHASTIC=narrow, ROUNDS=7, X_IN_STATE=True, L_IN_STATE=not narrow, W_ORDER=1,
-                 G_ORDER=2, MOMENTUM_PRECISION=precision, LEFT_PRECISION=precision, **tile)
+    made = build(second_pass.update, target, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, GIVEN=False,
+                 RELATIVE=True, BOUNDED=True, STOCHASTIC=narrow, ROUNDS=7, X_IN_STATE=True, L_IN_STATE=not narrow,
+                 W_ORDER=1, G_ORDER=2, MOMENTUM_PRECISION=precision, LEFT_PRECISION=precision, **tile)
     print(*sorted(made.asm.keys() & {"cubin", "hsaco"}), made.metadata.shared <= 227 * 1024)
 
 # No product may still read shared memory when it is filled for the turn after the next.

@@ -84,7 +84,7 @@ def test_the_estimate_of_memory_follows_the_backend() -> None:
     assert iterates < kernels < 1.1 * iterates
     assert kernels < 0.5 * scratch(shape, backend="eager")
     # stacks of them take turns
-    assert scratch((8, *shape), backend="triton") < 2.5 * kernels
+    assert scratch((24, *shape), backend="triton") < 8 * kernels
 
 
 # Who steps.

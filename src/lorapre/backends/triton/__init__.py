@@ -100,6 +100,8 @@ def _unsupported_by_muon(bucket: Bucket, hyper: MuonHyperparameters) -> str | No
         return f"regression={regression!r}; the kernels step Muon with 'subspace' only"
     if sorted(bucket.state) not in _MUON_STATES:
         return f"the state {', '.join(sorted(bucket.state))}; the kernels keep m in factors only"
+    if bucket.view.rank > table.KERNEL_RANK:
+        return f"rank {bucket.view.rank}, above {table.KERNEL_RANK}, where torch's products are as fast"
     if hyper.ns_dtype == torch.float64:
         return "ns_dtype=torch.float64"
     keep, inside, outside = factors.sum_weights(hyper.mu, hyper.nesterov, hyper.residual_gain)

@@ -16,7 +16,7 @@ from lorapre.backends import rounding
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
 from lorapre.backends.eager_muon import Hyperparameters
-from lorapre.backends.triton import bases, cholesky, elements, first_pass, second_pass, spectral, table
+from lorapre.backends.triton import bases, cholesky, elements, first_pass, high_rank, second_pass, spectral, table
 from lorapre.backends.triton.layout import Layouts, Work
 from lorapre.backends.triton.step import TYPES, Step, on_device_of, turns
 
@@ -72,19 +72,20 @@ class SubspaceStep(Step):
         self.full = "exp_avg_sq" in buckets[0].state
         self.blocks = table.blocks(table.PROJECT, self.r, self.G_dtype.itemsize)
         self.update_blocks = table.blocks(table.UPDATE, self.r, max(self.G_dtype.itemsize, self.W_dtype.itemsize))
+        self.by_torch = self.r > table.KERNEL_RANK
         # m_B's place takes X, and m_A's takes L, where they can: nobody else needs them any more.
         self.X_in_state = self.S_dtype == torch.float32
         self.L_in_state = self.X_in_state and self.update_blocks.rank >= self.r
         p = self.matrices.p
         self.U = self._empty(self.matrices.left)
-        self.X = self.U if self.X_in_state else self._empty(self.matrices.left)
-        self.L = self.U if self.L_in_state else self._empty(self.matrices.right)
+        self.X = self.U if self.X_in_state or self.by_torch else self._empty(self.matrices.left)
+        self.L = self.U if self.L_in_state or self.by_torch else self._empty(self.matrices.right)
         self.row_sums = self._empty(sum(p))
         self.sizes = self._empty(self.n)
         self.squares = self._empty(self.n)  # sums of G^2, after `read`
         self.surprises = self._empty(self.n)
         self.sketches = self.surprises  # where nobody asks for them
-        self.T, self.triangles, self.lower = (self._squares(self.n) for _ in range(3))
+        self.T, self.triangles, self.lower = (self._squares(0 if self.by_torch else self.n) for _ in range(3))
         self.project_rows = self._work(p, self.blocks.rows)
         self.project_parts = math.ceil(self.r / self.blocks.rank)
         self.parts = self._empty(self.project_rows.tiles * self.project_parts * elements.PART.value)
@@ -105,12 +106,15 @@ class SubspaceStep(Step):
     def proceed(self, enabled: Tensor | None) -> None:
         """Everything else; nothing changes where ``enabled`` (0-d bool, on the device) is False."""
         with on_device_of(self.buckets):
-            if enabled is not None:
-                self.coefficients.select(1, elements.ON.value).copy_(enabled)
+            self._mask(enabled)
             C = self._carried(self._left_basis())
             self._update(C)
             self._right_basis()
             self._finish()
+
+    def _mask(self, enabled: Tensor | None) -> None:
+        if enabled is not None:
+            self.coefficients.select(1, elements.ON.value).copy_(enabled)
 
     def _squares(self, count: int) -> Tensor:
         return torch.empty((count, self.r, self.r), dtype=torch.float32, device=self.device)
@@ -234,10 +238,10 @@ class AdamStep(SubspaceStep):
 
     Launches, whatever the number of shapes: coefficients, pass 1, its sums, 7 for the left basis, what it carries over,
     pass 2, 6 for the right basis, the new state: 19; one more with spectral clipping, and one where a mask arrives
-    after the first pass. The two passes
-    are launched once for each order of the numbers of W, G and v. Beyond `lorapre.backends.triton.table.FUSED_RANK`
-    there are 5 more. With counters on the device the coefficients are some 20 operations on n numbers instead of one
-    launch.
+    after the first pass. The two passes are launched once for each order of the numbers of W, G and v. With counters on
+    the device the coefficients are some 20 operations on n numbers instead of one launch. Beyond
+    `lorapre.backends.triton.table.KERNEL_RANK` torch takes over after the first pass: some 80 operations a shape and 10
+    a matrix.
     """
 
     def __init__(self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts) -> None:
@@ -250,6 +254,15 @@ class AdamStep(SubspaceStep):
         if self.spectral:
             self.sketches = self._empty(sum(self.matrices.p) * sketch.COLUMNS)
             self.rights = self._empty(self.n * self.r * sketch.COLUMNS)
+
+    def proceed(self, enabled: Tensor | None) -> None:
+        """As of its base; see there."""
+        if not self.by_torch:
+            super().proceed(enabled)
+            return
+        with on_device_of(self.buckets):
+            self._mask(enabled)
+            high_rank.proceed(self)
 
     def _totals(self) -> None:
         if not self.spectral:
@@ -320,6 +333,7 @@ class AdamStep(SubspaceStep):
                 factors.update_bound(hyper.beta2),
                 0 if self.seed is None else self.seed,
                 -1.0 if self.maximize else 1.0,
+                0,
                 W_TYPE=TYPES[self.W_dtype],
                 G_TYPE=TYPES[self.G_dtype],
                 S_TYPE=TYPES[self.S_dtype],
@@ -331,6 +345,7 @@ class AdamStep(SubspaceStep):
                 BOUNDED=hyper.bounded,
                 CLIP=hyper.update_clipping or self.spectral,
                 FULL=self.full,
+                GIVEN=False,
                 STOCHASTIC=self.seed is not None,
                 ROUNDS=rounding.ROUNDS,
                 X_IN_STATE=self.X_in_state,

@@ -150,7 +150,7 @@ def next_rows(
     return size_of_row
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_given"])
 def update(
     matrices,
     items,
@@ -169,6 +169,7 @@ def update(
     limit,
     seed,
     sign,
+    first_given,
     W_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
     S_TYPE: tl.constexpr,
@@ -180,6 +181,7 @@ def update(
     BOUNDED: tl.constexpr,
     CLIP: tl.constexpr,
     FULL: tl.constexpr,
+    GIVEN: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ROUNDS: tl.constexpr,
     X_IN_STATE: tl.constexpr,
@@ -197,7 +199,8 @@ def update(
     `lorapre.backends.triton.elements.totals`; ``sizes`` (n) becomes the size of a row of L, at most, by which L is
     closed with a share of the old basis. The products are formed transposed, (columns, ranks) and (columns, rows): then
     what is wide goes along the 64 rows that Hopper's tensor cores want, tiles may be narrow, and several programs share
-    a processor and hide each other's latency.
+    a processor and hide each other's latency. Where GIVEN, U is the momentum X A itself, (p, q) of one matrix after the
+    other from ``first_given`` on, and W and v are all that is stepped.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     ALIGNED: tl.constexpr = (G_ORDER == ROWS_ALIGNED) | (G_ORDER == COLUMNS_ALIGNED)
@@ -251,7 +254,9 @@ def update(
         fresh = (1.0 - beta2) * v_scale
         old = beta2 * v_scale / mean
 
-    if R_BLOCKS == 1:  # the loop below stores, so that the compiler would read it again in every turn
+    if GIVEN:
+        U_base = U + (matrix - first_given) * p * q
+    elif R_BLOCKS == 1:  # the loop below stores, so that the compiler would read it again in every turn
         basis = tl.load(
             A_base + (ranks[:, None] * q + cols[None, :]),
             mask=(ranks < R)[:, None] & (cols < q)[None, :],
@@ -310,22 +315,26 @@ def update(
         square = g * g
         if not FULL:
             squares += square
-        u = tl.load(
-            U_base + (ranks[:, None] * U_column + rows[None, :]),
-            mask=(ranks < R)[:, None] & (rows < U_column)[None, :],
-            other=0.0,
-        )
-        if BF16:
-            left = tl.dot(tl.trans(raw), tl.trans((sign * u).to(tl.bfloat16)), left)
-        else:
-            # With a factor, whatever it is, the product has G from registers. From shared memory it would have to lie
-            # there transposed, written number by number, with eight of a warp's numbers in one bank.
-            left = tl.dot(tl.trans(sign * g), tl.trans(u), left, input_precision=LEFT_PRECISION)
-        if (R_BLOCKS == 1) | (r_block == 0):
-            momentum = tracked(
-                X_base, A_base, basis, rows, cols, p, q, R, BLOCK_R, BLOCK_P, BLOCK_Q, BF16, MOMENTUM_PRECISION
+        if not GIVEN:
+            u = tl.load(
+                U_base + (ranks[:, None] * U_column + rows[None, :]),
+                mask=(ranks < R)[:, None] & (rows < U_column)[None, :],
+                other=0.0,
             )
-            m = signed * g + tl.trans(momentum)
+            if BF16:
+                left = tl.dot(tl.trans(raw), tl.trans((sign * u).to(tl.bfloat16)), left)
+            else:
+                # With a factor, whatever it is, the product has G from registers. From shared memory it would have to
+                # lie there transposed, written number by number, with eight of a warp's numbers in one bank.
+                left = tl.dot(tl.trans(sign * g), tl.trans(u), left, input_precision=LEFT_PRECISION)
+        if (R_BLOCKS == 1) | (r_block == 0):
+            if GIVEN:
+                m = signed * g + tl.load(U_base + (rows[:, None] * q + cols[None, :]), mask=inside, other=0.0)
+            else:
+                momentum = tracked(
+                    X_base, A_base, basis, rows, cols, p, q, R, BLOCK_R, BLOCK_P, BLOCK_Q, BF16, MOMENTUM_PRECISION
+                )
+                m = signed * g + tl.trans(momentum)
             if FULL:
                 v = beta2 * here_v.to(tl.float32) + (1.0 - beta2) * square
                 V_addresses = tile_of(V_base, rows, cols, V_row_stride, V_col_stride, V_ORDER)
@@ -346,13 +355,14 @@ def update(
             new = rounded(w, seed, matrices, matrix, coefficients, rows, cols, q, W_TYPE, STOCHASTIC, ROUNDS)
             tl.store(W_addresses, new, mask=inside)
 
-    size_of_row = next_rows(
-        matrices, matrix, C, L, sums, A_base, basis, left, gain, ranks, cols, r_block, q, on,
-        R, BLOCK_R, BLOCK_Q, L_IN_STATE, ALIGNED, LEFT_PRECISION,
-    )  # fmt: skip
+    if not GIVEN:
+        size_of_row = next_rows(
+            matrices, matrix, C, L, sums, A_base, basis, left, gain, ranks, cols, r_block, q, on,
+            R, BLOCK_R, BLOCK_Q, L_IN_STATE, ALIGNED, LEFT_PRECISION,
+        )  # fmt: skip
+        if tile == 0:
+            tl.store(sizes + matrix, size_of_row)
     if not FULL:
         first_of_ranks = (r_block == 0).to(tl.int32)
         average = v_col + (1.0 - beta2) * (tl.sum(squares, axis=0) / p - v_col)
         tl.store(col_base + cols, nearest(average, S_TYPE), mask=cols < q * first_of_ranks * on)
-    if tile == 0:
-        tl.store(sizes + matrix, size_of_row)

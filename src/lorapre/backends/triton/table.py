@@ -18,6 +18,14 @@ from lorapre.routing import MatrixView
 #: Largest rank that the kernels take.
 MAX_RANK = 512
 
+#: Largest rank that is left to the kernels after the first pass; torch takes over above it (`high_rank`).
+KERNEL_RANK = 128
+
+#: How torch makes bases: passes of Cholesky QR, and the precision of their Gram matrices. Two in float64 take less than
+#: three in float32 where float64 is half as fast, as on an A100 or H100; elsewhere it is 30 times slower and more.
+GRAM_PASSES = 3
+GRAM_DTYPE = torch.float32
+
 #: Largest rank of which a program that multiplies a factor sums up the products of the result, too.
 FUSED_RANK = 128
 
@@ -42,9 +50,10 @@ ELEMENTS = 2048
 #: Rows of a factor in a chunk, at low ranks.
 CHUNK = 512
 
-#: Scratch of a step as a share of the weights' bytes, and what it may be in any case.
-SCRATCH_SHARE = 0.02
-LEAST_SCRATCH = 2**26
+#: Scratch of a step as a share of the weights' bytes, and what it may be in any case. What has to wait for its turn is
+#: read once more, to see whether it is finite. Llama-1B's matrices in float32 need 4.1 % at rank 64.
+SCRATCH_SHARE = 0.045
+LEAST_SCRATCH = 2**28
 
 
 @dataclass(frozen=True)
@@ -67,12 +76,14 @@ class Blocks:
 # rank, padded to a power of two; where it is cut, G is read once for each part, by neighbours in the grid and hence
 # from the L2 cache.
 
+# Tiles up to rank 128 are the fastest of some 7 to 17 each, unless a comment says otherwise, on an H100 80GB with torch
+# 2.11 and Triton 3.6 (2026-11-28), in steps of Llama-1B's 168 matrices. Timings of the same tile differ by 2 %.
+
 #: A program keeps ``rows`` rows of G A^T and walks over the columns of G. The tile of A, ``rank`` x ``cols``, has to
-#: stay small, since several are in flight. 64 rows are what one wgmma takes. Fastest of 24 to 40 tiles on an H200.
+#: stay small, since several are in flight. 64 rows are what one wgmma takes; a third program on each processor is worth
+#: more than the registers that it takes from the others.
 PROJECT: tuple[tuple[int, int, Blocks], ...] = (
-    (32, 4, Blocks(64, 32, 0, 8, 4)),
-    (64, 2, Blocks(64, 32, 0, 4, 4)),
-    (64, 4, Blocks(64, 64, 0, 4, 3)),
+    (64, 4, Blocks(64, 32, 0, 4, 3, 168)),
     (128, 4, Blocks(64, 32, 0, 4, 3)),
     (MAX_RANK, 4, Blocks(64, 32, 256, 8, 3)),
 )
@@ -147,14 +158,14 @@ def chunk_rows(rank: int) -> int:
 
 def product_blocks(rank: int) -> Blocks:
     """Rows at once, and the block of ranks, of a product of two factors."""
-    block = min(padded(rank), 128)
-    return Blocks(64 if block < 128 else 32, 0, block, 8 if block > 64 else 4, 2)
+    block = min(padded(rank), 64)
+    return Blocks(32, 0, block, 4, 3) if block < 64 else Blocks(64, 0, block, 4, 2)
 
 
 def cholesky_blocks(rank: int) -> Blocks:
     """Columns that are decomposed number by number, of an (r, r) matrix."""
     whole = padded(rank)
-    return Blocks(0, 0, min(whole, 32), 4 if whole <= 128 else 16, 1)
+    return Blocks(0, 0, min(whole, 32), 4 if whole < 128 else 8 if whole == 128 else 16, 1)
 
 
 def apply_blocks(rank: int) -> Blocks:
@@ -162,13 +173,15 @@ def apply_blocks(rank: int) -> Blocks:
     whole = padded(rank)
     fused = rank <= FUSED_RANK
     rows = 64 if whole < 128 else 32 if whole < 512 else 16
-    return Blocks(rows, whole if fused else 32, whole, 8 if whole > 64 else 4, 2 if fused else 1)
+    return Blocks(rows, whole if fused else 32, whole, 8 if whole > 64 else 4, 2 if whole == 128 and fused else 1)
 
 
 def finish_blocks(rank: int) -> Blocks:
     """The same of the last one, whose programs take one tile each and ``rank`` numbers of a sum at once."""
     whole = padded(rank)
-    return Blocks(128 if whole < 128 else 64, min(whole, 64), min(whole, 128), 8 if whole > 32 else 4, 1)
+    if whole < 128:
+        return Blocks(128, whole, whole, 8 if whole > 32 else 4, 1)
+    return Blocks(64, 64, 64, 4, 1)
 
 
 def scratch_bytes(view: MatrixView, state_dtype: torch.dtype, *, sketched: bool = False) -> int:
@@ -177,6 +190,9 @@ def scratch_bytes(view: MatrixView, state_dtype: torch.dtype, *, sketched: bool 
     With ``sketched`` also what spectral clipping takes.
     """
     p, q, r = view.p, view.q, view.rank
+    if r > KERNEL_RANK:
+        factors = max(5 * p * r, 3 * p * r + p * q, 2 * p * r + q * (p + r), 2 * p * r + 4 * q * r)
+        return 4 * view.batch * (factors + 12 * r * r + p + sketched * spectral.COLUMNS * (p + r))
     factors = p * r
     if state_dtype != torch.float32:
         factors += (p + q) * r
@@ -202,6 +218,11 @@ def muon_scratch_bytes(view: MatrixView, dtype: torch.dtype, weight_bytes: int, 
     """The same of ``count`` parameters in turns: as much as `scratch_limit` allows, or one matrix."""
     each = orthogonal_bytes(view.p, view.q, dtype)
     return each * max(1, min(count * view.batch, scratch_limit(weight_bytes) // each))
+
+
+def given_blocks() -> Blocks:
+    """The second pass where the momentum is given."""
+    return Blocks(32, 64, 16, 4, 3)
 
 
 def square_blocks(rank: int) -> Blocks:
