@@ -88,8 +88,9 @@ PROJECT: tuple[tuple[int, int, Blocks], ...] = (
 )
 
 #: A program keeps ``cols`` columns of U^T G and of A and walks over the rows of G and W. Chosen by the compiler's count
-#: of registers, so that nothing is spilled up to rank 64 and several programs share a processor.
+#: of registers, so that nothing is spilled up to rank 64 and several programs share a processor: three up to rank 32.
 UPDATE: tuple[tuple[int, int, Blocks], ...] = (
+    (32, 4, Blocks(16, 64, 128, 4, 3, 168)),
     (64, 4, Blocks(32, 64, 128, 4, 3)),
     (MAX_RANK, 4, Blocks(64, 64, 128, 8, 2)),
 )
