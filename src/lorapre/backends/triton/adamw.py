@@ -41,9 +41,9 @@ class SubspaceStep(Step):
 
     Launches, whatever the number of shapes: coefficients, pass 1, its sums, 7 for the left basis, what it carries over,
     pass 2, 6 for the right basis, the new state: 19; one more where a mask arrives after the first pass. The two passes
-    are launched once for each order of the numbers of W, G and v. With counters on the device the coefficients are some
-    20 operations on n numbers instead of one launch. Beyond `lorapre.backends.triton.table.KERNEL_RANK` torch takes
-    over after the first pass: some 80 operations a shape and 10 a matrix.
+    are launched once for each order of the numbers of W, G and v. Beyond `lorapre.backends.triton.table.FUSED_RANK`
+    there are 5 more, and beyond ``KERNEL_RANK`` torch takes over after the first pass: some 80 operations a shape and
+    10 a matrix. With counters on the device the coefficients are some 20 operations on n numbers instead of one launch.
 
     Args:
         buckets: matrices that `lorapre.backends.triton.supports`, of one device and rank, of one dtype each of
