@@ -161,8 +161,12 @@ def test_the_cuts_into_blocks_and_parts_change_nothing(case: Case, device: torch
     run_beside_the_reference(case, torch.float32, device, 1e-5)
 
 
-def test_ranks_above_the_largest_block_are_taken_in_parts(device: torch.device) -> None:
-    rank = max(blocks.rank for _, _, blocks in table.UPDATE) + 2
+@pytest.mark.parametrize("more", [-30, 2])
+def test_ranks_above_the_largest_block_are_taken_in_parts(
+    more: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "KERNEL_RANK", table.MAX_RANK)
+    rank = max(blocks.rank for _, _, blocks in table.UPDATE) + more
     run_beside_the_reference(Case("", ((rank + 5, rank + 9),), rank=rank, steps=1), torch.float32, device, 1e-5)
 
 

@@ -240,8 +240,8 @@ class AdamStep(SubspaceStep):
     pass 2, 6 for the right basis, the new state: 19; one more with spectral clipping, and one where a mask arrives
     after the first pass. The two passes are launched once for each order of the numbers of W, G and v. With counters on
     the device the coefficients are some 20 operations on n numbers instead of one launch. Beyond
-    `lorapre.backends.triton.table.KERNEL_RANK` torch takes over after the first pass: some 80 operations a shape and 10
-    a matrix.
+    `lorapre.backends.triton.table.FUSED_RANK` there are 5 more, and beyond ``KERNEL_RANK`` torch takes over after the
+    first pass: some 80 operations a shape and 10 a matrix.
     """
 
     def __init__(self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts) -> None:

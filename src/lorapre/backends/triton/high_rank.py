@@ -161,7 +161,7 @@ def _update(step: AdamStep, bucket: Bucket, first: int, M: Tensor) -> None:
 def orthonormalize(X: Tensor) -> tuple[Tensor, Tensor]:
     """`lorapre.subspace.orthonormalize` of ``X`` (n, p, r) and the triangles (n, r, r) of X = Q R.
 
-    Rows are widened some at a time: all of them would be twice the factor itself.
+    Where Gram matrices are float64, rows are widened some at a time: all of them would be twice the factor itself.
     """
     passes, gram_dtype = table.GRAM_PASSES, table.GRAM_DTYPE
     r = X.shape[-1]
@@ -172,10 +172,13 @@ def orthonormalize(X: Tensor) -> tuple[Tensor, Tensor]:
     Q, triangle = X / size, identity * size.to(gram_dtype)
     for number in range(passes):
         last = number == passes - 1
-        gram = torch.zeros_like(triangle)
-        for rows in Q.split(table.CHUNK, dim=1):
-            wide = rows.to(gram_dtype)
-            gram.baddbmm_(wide.mT, wide)
+        if gram_dtype == X.dtype:
+            gram = torch.bmm(Q.mT, Q)
+        else:
+            gram = torch.zeros_like(triangle)
+            for rows in Q.split(table.CHUNK, dim=1):
+                wide = rows.to(gram_dtype)
+                gram.baddbmm_(wide.mT, wide)
         length = gram.diagonal(dim1=-2, dim2=-1).sqrt()[:, None, :]  # (n, 1, r)
         there = length > tiny
         inverse_length = torch.where(there, length.reciprocal(), 0.0)

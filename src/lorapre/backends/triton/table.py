@@ -26,8 +26,9 @@ KERNEL_RANK = 128
 GRAM_PASSES = 3
 GRAM_DTYPE = torch.float32
 
-#: Largest rank of which a program that multiplies a factor sums up the products of the result, too.
-FUSED_RANK = 128
+#: Largest rank of which a program that multiplies a factor sums up the products of the result, too. At rank 128 both
+#: together leave room for half as many rows, with three times as many instructions each.
+FUSED_RANK = 64
 
 #: Precision of float32 products (`tl.dot`) by use: "ieee", "tf32x3" or "tf32".
 #: ``project`` is G A^T, ``momentum`` is X A, ``left`` is U^T G, ``bases`` is what orthonormalizes factors.
@@ -89,8 +90,9 @@ PROJECT: tuple[tuple[int, int, Blocks], ...] = (
 )
 
 #: A program keeps ``cols`` columns of U^T G and of A and walks over the rows of G and W. Chosen by the compiler's count
-#: of registers, so that nothing is spilled up to rank 64 and several programs share a processor.
+#: of registers, so that nothing is spilled up to rank 64 and several programs share a processor: three up to rank 32.
 UPDATE: tuple[tuple[int, int, Blocks], ...] = (
+    (32, 4, Blocks(16, 64, 128, 4, 3, 168)),
     (64, 4, Blocks(32, 64, 128, 4, 3)),
     (MAX_RANK, 4, Blocks(64, 64, 128, 8, 2)),
 )
@@ -171,9 +173,12 @@ def cholesky_blocks(rank: int) -> Blocks:
 def apply_blocks(rank: int) -> Blocks:
     """Rows at once, and ``cols`` ranks of the result at once, of a factor times an (r, r) matrix."""
     whole = padded(rank)
+    if whole <= 64:
+        return Blocks(64, whole, whole, 4, 1)
     fused = rank <= FUSED_RANK
-    rows = 64 if whole < 128 else 32 if whole < 512 else 16
-    return Blocks(rows, whole if fused else 32, whole, 8 if whole > 64 else 4, 2 if whole == 128 and fused else 1)
+    if whole == 128:
+        return Blocks(32, whole, whole, 8, 2) if fused else Blocks(64, whole, whole, 8, 1)
+    return Blocks(32 if whole < 512 else 16, whole if fused else 32, whole, 8, 1)
 
 
 def finish_blocks(rank: int) -> Blocks:
