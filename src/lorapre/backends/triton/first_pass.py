@@ -151,11 +151,13 @@ def project(
                 v_hat = v_row[:, None] * v_col[None, :] + fresh * square
             ratio = wide * tl.rsqrt(tl.where(v_hat > 0, v_hat, 1.0))
             surprise += tl.where(v_hat > 0, ratio * ratio, 0.0)
-        # A use of the sum in every turn, of no instruction, has the product waited for before what it reads is filled
-        # again: of G, which is not an operand alone, Triton 3.6 keeps one buffer too few (its issue 6691).
-        total = total.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
-        if SPECTRAL:
-            sketch = sketch.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
+        if BF16 or G_TYPE == tl.float32:  # noqa: SIM300 (no constant)
+            # G is an operand as it lies in shared memory. A use of the sum in every turn, of no instruction, has the
+            # product waited for before what it reads is filled again: of a load that is an operand and more, Triton 3.6
+            # keeps one buffer too few (its issue 6691).
+            total = total.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
+            if SPECTRAL:
+                sketch = sketch.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
     b = tl.load(
         B_base + (rows[:, None] * R + ranks[None, :]), mask=(rows < p)[:, None] & (ranks < R)[None, :], other=0.0
     ).to(tl.float32)
