@@ -20,8 +20,8 @@ Backend: TypeAlias = Literal["auto", "eager", "triton"]
 
 #: What "auto" steps by the kernels, under Adam and under Muon: platforms, each with the largest rank at which a
 #: measurement has shown them ahead of batched torch (benchmarks/step_time). On an H100, Llama-1B's matrices in float32:
-#: Adam at r = 64 14 ms against 131, Muon at r = 128 139 ms against 446; at r = 256 torch alone is faster, 207 ms against
-#: 307. "cuda" is NVIDIA's alone; AMD's is "hip" here, which nobody has measured.
+#: Adam at r = 64 14 ms against 131, Muon at r = 128 139 ms against 446; at r = 256 torch alone is faster, 207 against
+#: 307 ms. "cuda" is NVIDIA's alone; AMD's is "hip" here, which nobody has measured.
 MEASURED: dict[Literal["adamw", "muon"], dict[str, int]] = {"adamw": {"cuda": 128}, "muon": {"cuda": 128}}
 
 _logger = logging.getLogger(__name__)
