@@ -13,7 +13,7 @@ from lorapre import subspace
 from lorapre.backends import triton as backend
 
 if backend.unavailable("cpu") is None or torch.cuda.is_available():
-    from lorapre.backends.triton import adamw, elements, layout, table
+    from lorapre.backends.triton import elements, layout, subspace_step, table
 
 pytestmark = needs_triton
 EPS = torch.finfo(torch.float32).eps
@@ -27,7 +27,7 @@ def conditioned(p: int, r: int, condition: float, seed: int = 0) -> Tensor:
 def orthonormalize(X: Tensor, *, right: bool = False) -> tuple[Tensor, Tensor]:
     """Q (n, p, r) and the triangles (n, r, r) of X = Q R, by the kernels; ``right`` lays X out as L is, transposed."""
     n, p, r = X.shape
-    step = adamw.SubspaceStep.__new__(adamw.SubspaceStep)
+    step = subspace_step.SubspaceStep.__new__(subspace_step.SubspaceStep)
     step.r, step.n, step.device, step.layouts = r, n, X.device, layout.Layouts()
     step.X_in_state = step.L_in_state = False
     table_of = torch.zeros((n, layout.COLUMNS), dtype=torch.int64)
@@ -44,7 +44,7 @@ def orthonormalize(X: Tensor, *, right: bool = False) -> tuple[Tensor, Tensor]:
     step.sizes = X.abs().amax(dim=(1, 2)) * (3 if right else 1)
     step.T, step.triangles, step.lower = (step._squares(n) for _ in range(3))
     step.coefficients = torch.ones((n, elements.COLUMNS), device=X.device)
-    side = adamw._Side(step, right=right)
+    side = subspace_step._Side(step, right=right)
     side.forms_K = False  # it is there
     products = side.first_products()
     for number in range(3):

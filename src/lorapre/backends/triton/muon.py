@@ -15,9 +15,9 @@ from lorapre.backends import rounding
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager_muon import MuonHyperparameters, shape_factor
 from lorapre.backends.triton import muon_pass, table
-from lorapre.backends.triton.adamw import SubspaceStep
 from lorapre.backends.triton.layout import Layouts
 from lorapre.backends.triton.step import TYPES
+from lorapre.backends.triton.subspace_step import SubspaceStep
 from lorapre.orthogonal import quintic
 
 

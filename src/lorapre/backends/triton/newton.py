@@ -24,9 +24,9 @@ def step_buckets(buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts:
     Launches, whatever the number of shapes: coefficients, Gram matrices, their inverses, pass 1, pass 2, the left
     factors: 6. A relative eps, a relative damping and a residual gain that is not the paper's take 1 or 2 more each.
     What works on r x r matrices is launched once a moment where their ranks differ, and the passes once for each
-    order of the numbers of W and of G. Arguments as of `lorapre.backends.triton.adamw.SubspaceStep`; buckets whose
-    scratch is larger than `lorapre.backends.triton.table.scratch_limit` allows take turns. Whether G is finite is for
-    the caller to know before: pass 1 leaves no sums of G^2 unless eps is relative.
+    order of the numbers of W and of G. Arguments as of `lorapre.backends.triton.subspace_step.SubspaceStep`; buckets
+    whose scratch is larger than `lorapre.backends.triton.table.scratch_limit` allows take turns. Whether G is finite is
+    for the caller to know before: pass 1 leaves no sums of G^2 unless eps is relative.
     """
     with on_device_of(buckets):
         for turn in turns(buckets, lambda one: table.newton_scratch_bytes(one.view, second_rank(one))):

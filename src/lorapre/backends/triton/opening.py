@@ -12,9 +12,10 @@ from lorapre.backends.batches import Bucket
 from lorapre.backends.eager_muon import Hyperparameters, MuonHyperparameters
 from lorapre.backends.opened import Opened
 from lorapre.backends.triton import newton, table
-from lorapre.backends.triton.adamw import AdamStep, SubspaceStep, turns_of
+from lorapre.backends.triton.adamw import AdamStep
 from lorapre.backends.triton.layout import Layouts
 from lorapre.backends.triton.muon import MuonStep
+from lorapre.backends.triton.subspace_step import SubspaceStep, turns_of
 
 
 @dataclass(frozen=True)
