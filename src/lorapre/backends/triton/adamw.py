@@ -13,7 +13,7 @@ from lorapre.backends import rounding
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
 from lorapre.backends.triton import high_rank, second_pass, spectral, table
-from lorapre.backends.triton.layout import Layouts
+from lorapre.backends.triton.layout import Layouts, Work
 from lorapre.backends.triton.step import TYPES, on_device_of
 from lorapre.backends.triton.subspace_step import SubspaceStep
 
@@ -98,51 +98,70 @@ class AdamStep(SubspaceStep):
         )
 
     def _update(self, C: Tensor) -> None:
-        block, hyper = self.update_blocks, self.hyper
+        block = self.update_blocks
         if self.spectral:
             self._divide()
         ranks = math.ceil(self.r / block.rank)
-        for (W_order, G_order, V_order), work in self._kinds(self.matrices.q, block.cols):
-            second_pass.update[(work.programs * ranks,)](
-                self.matrices.table,
-                work.items,
-                self.coefficients,
-                self.U,
-                self.X,
-                self.L,
-                C,
-                self.row_sums,
-                self.squares,
-                self.surprises,
-                self.sizes,
-                1.0 - hyper.beta1,
-                hyper.beta2,
-                hyper.eps,
-                factors.update_bound(hyper.beta2),
-                0 if self.seed is None else self.seed,
-                -1.0 if self.maximize else 1.0,
-                0,
-                W_TYPE=TYPES[self.W_dtype],
-                G_TYPE=TYPES[self.G_dtype],
-                S_TYPE=TYPES[self.S_dtype],
-                R=self.r,
-                BLOCK_R=block.rank,
-                BLOCK_P=block.rows,
-                BLOCK_Q=block.cols,
-                RELATIVE=hyper.relative_eps,
-                BOUNDED=hyper.bounded,
-                CLIP=hyper.update_clipping or self.spectral,
-                FULL=self.full,
-                GIVEN=False,
-                STOCHASTIC=self.seed is not None,
-                ROUNDS=rounding.ROUNDS,
-                X_IN_STATE=self.X_in_state,
-                L_IN_STATE=self.L_in_state,
-                W_ORDER=W_order,
-                G_ORDER=G_order,
-                V_ORDER=V_order,
-                BF16=self._narrow,
-                MOMENTUM_PRECISION=table.PRECISION["momentum"],
-                LEFT_PRECISION=table.PRECISION["left"],
-                **table.launch(block),
-            )
+        for orders, work in self._kinds(self.matrices.q, block.cols):
+            self._launch_update(work, orders, block, ranks, self.r, (self.U, self.X, self.L, C))
+
+    def update_given(self, M: Tensor, first: int) -> None:
+        """The weights, and v, of the matrices from ``first`` on whose momenta X A are ``M`` (n, p, q); one launch."""
+        block = table.given_blocks()
+        chosen = tuple(first <= k < first + len(M) for k in range(self.n))
+        work = self._work(self.matrices.q, block.cols, chosen)
+        self._launch_update(work, self.matrices.kinds[first], block, 1, block.rank, (M, M, M, M), first)
+
+    def _launch_update(
+        self,
+        work: Work,
+        orders: tuple[int, int, int],
+        block: table.Blocks,
+        ranks: int,
+        r: int,
+        factors_of: tuple[Tensor, Tensor, Tensor, Tensor],
+        given: int | None = None,
+    ) -> None:
+        """The second pass, in ``ranks`` blocks of ranks; ``given`` is the first matrix whose momentum is given."""
+        hyper = self.hyper
+        W_order, G_order, V_order = orders
+        second_pass.update[(work.programs * ranks,)](
+            self.matrices.table,
+            work.items,
+            self.coefficients,
+            *factors_of,
+            self.row_sums,
+            self.squares,
+            self.surprises,
+            self.sizes,
+            1.0 - hyper.beta1,
+            hyper.beta2,
+            hyper.eps,
+            factors.update_bound(hyper.beta2),
+            0 if self.seed is None else self.seed,
+            -1.0 if self.maximize else 1.0,
+            given or 0,
+            W_TYPE=TYPES[self.W_dtype],
+            G_TYPE=TYPES[self.G_dtype],
+            S_TYPE=TYPES[self.S_dtype],
+            R=r,
+            BLOCK_R=block.rank,
+            BLOCK_P=block.rows,
+            BLOCK_Q=block.cols,
+            RELATIVE=hyper.relative_eps,
+            BOUNDED=hyper.bounded,
+            CLIP=hyper.update_clipping or self.spectral,
+            FULL=self.full,
+            GIVEN=given is not None,
+            STOCHASTIC=self.seed is not None,
+            ROUNDS=rounding.ROUNDS,
+            X_IN_STATE=self.X_in_state and given is None,
+            L_IN_STATE=self.L_in_state and given is None,
+            W_ORDER=W_order,
+            G_ORDER=G_order,
+            V_ORDER=V_order,
+            BF16=self._narrow and given is None,
+            MOMENTUM_PRECISION=table.PRECISION["momentum"],
+            LEFT_PRECISION=table.PRECISION["left"],
+            **table.launch(block),
+        )

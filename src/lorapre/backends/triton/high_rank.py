@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lorapre import factors, spectral, subspace
-from lorapre.backends import rounding
+from lorapre import spectral, subspace
 from lorapre.backends.batches import Bucket
 from lorapre.backends.triton import elements, second_pass, table
 from lorapre.backends.triton.layout import lines
-from lorapre.backends.triton.step import TYPES
 
 if TYPE_CHECKING:
     from lorapre.backends.triton.adamw import AdamStep
@@ -64,7 +62,7 @@ def _proceed(step: AdamStep, bucket: Bucket, first: int, GA: Tensor) -> None:
         for k, G in enumerate(_matrices(bucket, bucket.grads, view.p)):
             torch.mm(A[k].mT, C[k].mT, out=L[k])
             L[k].addmm_(G.mT.float(), U[k], alpha=sign * gain)
-    _update(step, bucket, first, M)
+    step.update_given(M, first)
     del M
     size = torch.linalg.vector_norm(L, dim=(-2, -1), keepdim=True) / view.rank**0.5
     share = torch.where(size > 0, size, 1.0) * second_pass.CLOSING.value
@@ -104,58 +102,6 @@ def _divide(step: AdamStep, bucket: Bucket, first: int, X: Tensor) -> None:
     needed = (largest / limit).square_().flatten() * (p * view.q)
     known = step.surprises[first : first + n]
     known.copy_(torch.maximum(needed, known) if hyper.update_clipping else needed)
-
-
-def _update(step: AdamStep, bucket: Bucket, first: int, M: Tensor) -> None:
-    """The weights of a bucket and v, of the momentum ``M`` (n, p, q)."""
-    block, hyper = table.given_blocks(), step.hyper
-    n = len(M)
-    chosen = tuple(first <= k < first + n for k in range(step.n))
-    work = step._work(step.matrices.q, block.cols, chosen)
-    W_order, G_order, V_order = step.matrices.kinds[first]
-    second_pass.update[(work.programs,)](
-        step.matrices.table,
-        work.items,
-        step.coefficients,
-        M,
-        M,
-        M,
-        M,
-        step.row_sums,
-        step.squares,
-        step.surprises,
-        step.sizes,
-        1.0 - hyper.beta1,
-        hyper.beta2,
-        hyper.eps,
-        factors.update_bound(hyper.beta2),
-        0 if step.seed is None else step.seed,
-        -1.0 if step.maximize else 1.0,
-        first,
-        W_TYPE=TYPES[step.W_dtype],
-        G_TYPE=TYPES[step.G_dtype],
-        S_TYPE=TYPES[step.S_dtype],
-        R=block.rank,
-        BLOCK_R=block.rank,
-        BLOCK_P=block.rows,
-        BLOCK_Q=block.cols,
-        RELATIVE=hyper.relative_eps,
-        BOUNDED=hyper.bounded,
-        CLIP=hyper.update_clipping or step.spectral,
-        FULL=step.full,
-        GIVEN=True,
-        STOCHASTIC=step.seed is not None,
-        ROUNDS=rounding.ROUNDS,
-        X_IN_STATE=False,
-        L_IN_STATE=False,
-        W_ORDER=W_order,
-        G_ORDER=G_order,
-        V_ORDER=V_order,
-        BF16=False,
-        MOMENTUM_PRECISION="tf32",
-        LEFT_PRECISION="tf32",
-        **table.launch(block),
-    )
 
 
 def orthonormalize(X: Tensor) -> tuple[Tensor, Tensor]:
