@@ -17,7 +17,7 @@ from finetune.rows import Rows, unpacked
 from lorapre.lab.run_folder import write_json, write_text
 from lorapre.optim.summary import format_bytes
 
-EDGE, OURS = "†", "lorapre"
+EDGE, UNTESTED, OURS = "†", "‡", "lorapre"
 HEADER = (
     "| method | rank | learning rate (held-out loss at others) | accuracy | held-out loss | state (of the matrices) "
     "| peak memory | examples/s |\n|---|---:|---|---:|---:|---:|---:|---:|\n"
@@ -25,15 +25,17 @@ HEADER = (
 NOTES = """
 {base}, {train:,} training examples ({tokens:,} tokens, {learned:,} of them learned), one epoch in {steps} steps of
 {batch_size} packed rows of {max_length}. The rate of each method is the one with the lowest held-out loss after a run
-with seed {first}, on {valid} examples cut from the training data; † marks a search that ended with its best rate at the
-edge of those tried, or has not ended. Accuracy is the mean over the other seeds ({seeds}) of the share of {asked} test
-questions answered rightly (greedy, at most {max_new_tokens} new tokens), with the 95 % interval over seeds and
-questions; held-out loss is of the same runs, in nats a learned token ({loss_before:.3f} before training). Rates are
-those of the matrices, or of the adapter; methods that train all weights train embeddings and norms by AdamW at
-{dense_lr:g}, whose state is the difference between both numbers of bytes. GaLore and Fira
-project every 200 steps where nothing else is said; their packages keep the whole basis of which they use the rank's
-part.
-Peak memory is what tensors took on the GPU in training. Examples a second are of a run that had the GPU for itself.
+with seed {first}, on {valid} examples {held_out}; † marks a search that ended with its best rate at the
+edge of those tried, or has not ended. Accuracy is the mean over the other seeds (of {seeds} those that were run) of the
+share of {asked} test questions answered rightly (greedy, at most {max_new_tokens} new tokens), with the 95 % interval
+over seeds and questions; held-out loss is of the same runs, in nats a learned token ({loss_before:.3f} before
+training). ‡ marks the loss of the search's own run, where no other seed was: it chose the rate, and is not to be
+compared with those of other seeds. Rates are those of the matrices, or of the adapter; methods that train all weights
+train embeddings and norms by AdamW at {dense_lr:g}, whose state is the difference between both numbers of bytes.
+GaLore and Fira project every 200 steps where nothing else is said; their packages keep the whole basis of which they
+use the rank's part.
+Peak memory is what tensors took on the GPU in training. Examples a second are of a run that had the GPU for itself, –
+where there was none.
 
 {hardware}; {versions}.
 """
@@ -71,10 +73,14 @@ class Result:
         return accuracy(self.verdicts) if self.verdicts else None
 
     @property
+    def tested_losses(self) -> list[float]:
+        """Held-out losses of the tests that did not diverge."""
+        return [row["loss"] for row in self.tests if row["loss"] is not None]
+
+    @property
     def loss(self) -> float:
         """Mean held-out loss of the tests, or the search's where there is none; infinite where all diverged."""
-        losses = [row["loss"] for row in self.tests if row["loss"] is not None]
-        return fmean(losses) if losses else self.by_rate[self.lr]
+        return fmean(self.tested_losses) if self.tested_losses else self.by_rate[self.lr]
 
     def record(self) -> dict[str, Any]:
         """The row of ``table.json``."""
@@ -156,7 +162,7 @@ def _line(result: Result) -> str:
         "–" if result.contestant.rank is None else result.contestant.rank,
         rates,
         share,
-        _loss(result.loss),
+        _loss(result.loss) + ("" if result.tested_losses else UNTESTED),
         f"{_bytes(record['state_bytes'])} ({_bytes(record['matrix_state_bytes'])})",
         _bytes(record["peak_bytes"]),
         "–" if record["examples_per_s"] is None else f"{record['examples_per_s']:.0f}",
@@ -197,6 +203,7 @@ def _notes(rows: Rows, profile: Profile) -> str:
         first=profile.seeds[0],
         seeds=", ".join(map(str, profile.seeds[1:])),
         valid=profile.valid_examples,
+        held_out="cut from the training data" if profile.task.valid is None else "drawn apart from the training data",
         asked=tested[-1] if tested else "the",
         max_new_tokens=profile.task.max_new_tokens,
         loss_before=last["loss_before"],
