@@ -201,12 +201,15 @@ def curves_figure(rows: Rows, model: str, tokens: int) -> Figure:
             style = look(one.row)
             line = style.line if one.row["state_bytes"] == max(ranks[family(one.row)]) else (0, (1, 1.2))
             xs, ys = zip(*one.row["curve"], strict=True)
-            name = ", ".join(part for part in (family(one.row), rank_name(one.row)) if part)
+            varied = extras(one.row)
+            name = ", ".join(part for part in (family(one.row), rank_name(one.row), *varied) if part)
             drawn = {"color": style.colour, "linestyle": line, "linewidth": style.width, "marker": style.marker}
+            if varied:  # beside the default, whose colour it has
+                drawn |= {"alpha": 0.45, "linewidth": 1.2}
             axes.plot([x / 1e6 for x in xs], ys, markersize=4, label=f"{name}  {ys[-1]:.3f}", **drawn)
             ends += ys[len(ys) // 3 :]
         _finish(axes, ends, reach=2.0, arrows=False)
-        axes.legend(frameon=False, fontsize=8, handlelength=3)
+        axes.legend(loc="upper right", fontsize=7, handlelength=2.4, framealpha=0.8, edgecolor="none")
     return figure
 
 

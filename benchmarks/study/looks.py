@@ -96,7 +96,7 @@ def _said(name: str, value: Any) -> str:
     words = {
         "normalization": {"none": "not evened out", "rows": "even rows"},
         "update_clipping": {True: "clipped", False: "not clipped"},
-        "spectral_clipping": {None: "spectrum not clipped"},
+        "spectral_clipping": {None: "no spectral clip"},
     }
     return words.get(name, {}).get(value, f"{name.replace('_', ' ')} {value}")
 
