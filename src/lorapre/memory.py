@@ -63,7 +63,9 @@ def estimate_memory(
             groups as `lorapre.param_groups` returns them.
         rank: as in the optimizer; ignored groups that set their own keep it.
         optimizer: `LoRAPreAdamW`, `LoRAPreMuon`, `LoRAPreSGD` or `LoRAPreLion`.
-        **options: other options of the optimizer, such as ``second_moment`` or ``state_dtype``.
+        **options: other options of the optimizer, such as ``second_moment`` or ``state_dtype``. As no device is known,
+            the scratch of ``backend="auto"`` is batched torch's, the larger; "triton" gives that of the kernels, which
+            "auto" takes on NVIDIA GPUs up to rank 128.
 
     Raises:
         ValueError: an option is out of range.
