@@ -101,6 +101,8 @@ def test_every_figure_is_what_its_definition_gives_on_dense_matrices(shape: Shap
             expected = {key: float(np.mean([one[key] for one in each])) for key in each[0]}
             expected["update_rms"] = float(np.mean([np.sqrt(np.mean(one**2)) for one in update]))
             expected["update_max"] = float(np.abs(update).max())
+            unit = np.sqrt(stack[1]) + np.sqrt(stack[2])
+            expected["update_norm"] = float(np.mean([np.linalg.norm(one, 2) / unit for one in update]))
 
             found = diagnostics.latest()["weight"]
             assert (found.step, found.name, found.shape, found.rank) == (step, "weight", shape, 3)
@@ -314,7 +316,7 @@ def test_a_learning_rate_of_zero_has_no_update_in_its_units() -> None:
     with MomentumDiagnostics(optimizer) as diagnostics:
         take(optimizer, param, torch.ones(12, 20))
     (row,) = diagnostics.to_dicts()
-    assert (row["update_rms"], row["update_max"]) == (None, None)
+    assert (row["update_rms"], row["update_max"], row["update_norm"]) == (None, None, None)
     assert row["ema_error"] is not None
 
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lorapre.momentum_figures import conditions, drift, energy_outside, row_space, tracking
+from lorapre.momentum_figures import conditions, drift, energy_outside, largest_singular_value, row_space, tracking
 from lorapre.optim.base import FactoredOptimizer, Group
 from lorapre.routing import MatrixView
+from lorapre.spectral import random_norm
 
 #: Which of its ``betas`` an optimizer decays its momentum by, where that is not the first: Lion's step reads a
 #: mixture by beta1, and what it keeps decays by beta2 (arXiv 2302.06675, Algorithm 2).
@@ -74,6 +75,8 @@ class MomentumRecord:
         condition_product: the same of the r singular values of m_B m_A.
         update_rms: root mean square of (W_before (1 - lr weight_decay) - W_after) / lr.
         update_max: its largest entry in absolute value.
+        update_norm: its largest singular value over sqrt(p) + sqrt(q), which a random matrix of mean square 1 has: what
+            `spectral_clipping` of `LoRAPreAdamW` bounds, where ``scale`` is 1.
     """
 
     step: int
@@ -89,6 +92,7 @@ class MomentumRecord:
     condition_product: float
     update_rms: float
     update_max: float
+    update_norm: float
 
     def to_dict(self) -> dict[str, Any]:
         """Fields by name, for JSON, which has no nan and no infinity: None stands for both."""
@@ -295,6 +299,7 @@ class MomentumDiagnostics:
             moved /= lr
             figures["update_rms"] = float(moved.square().mean(dim=(-2, -1)).sqrt().mean())
             figures["update_max"] = float(moved.abs().max())
+            figures["update_norm"] = float(largest_singular_value(moved).mean()) / random_norm(*moved.shape[1:])
         return MomentumRecord(self.step, watched.name, tuple(watched.param.shape), watched.view.rank, **figures)
 
     # Access.

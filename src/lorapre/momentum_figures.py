@@ -70,3 +70,12 @@ def tracking(m_B: Tensor, m_A: Tensor, M: Tensor) -> tuple[Tensor, Tensor, Tenso
     cosine = (product * M).sum(dim=(-2, -1)) / (torch.linalg.matrix_norm(product) * size)
     undefined = size == 0
     return error.masked_fill(undefined, math.nan), best, cosine
+
+
+def largest_singular_value(X: Tensor) -> Tensor:
+    """Of each matrix (n, p, q), by the Gram matrix of its shorter side: (n,); nan where one is not finite."""
+    if not X.isfinite().all():
+        return X.new_full((len(X),), math.nan)
+    gram = torch.bmm(X, X.mT) if X.shape[-2] <= X.shape[-1] else torch.bmm(X.mT, X)
+    largest: Tensor = torch.linalg.eigvalsh(gram)[:, -1].clamp(min=0.0).sqrt()
+    return largest

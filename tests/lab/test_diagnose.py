@@ -226,7 +226,7 @@ def test_the_figure_draws_every_field_of_every_shape_and_leaves_gaps_where_there
 ) -> None:
     folder = diagnose.RunFolder(here)
     figures = ["ema_error", "best_error", "ema_cosine", "outside", "drift", "condition_m_A", "condition_product"]
-    figures += ["update_rms", "update_max"]
+    figures += ["update_rms", "update_max", "update_norm"]
     lines = [
         {"step": step, "name": f"matrix {shape}", "shape": shape, "rank": 4, **dict.fromkeys(figures, 0.1 * step)}
         for step in (2, 4, 6)

@@ -160,7 +160,7 @@ def diagnostics_writer(config: PretrainConfig, folder: RunFolder, checkpoint: Pa
 
 
 #: Panels: title, the value above which to draw on a logarithmic scale (None: linear), and figures with the words for
-#: each; the first is drawn solid, the second dashed. A drift below 1e-9 is rounding.
+#: each, drawn solid, dashed and dotted. A drift below 1e-9 is rounding.
 PANELS: tuple[tuple[str, float | None, tuple[tuple[str, str], ...]], ...] = (
     (
         "error against the dense momentum",
@@ -170,9 +170,17 @@ PANELS: tuple[tuple[str, float | None, tuple[tuple[str, str], ...]], ...] = (
     ("gradient energy outside the subspace", None, (("outside", ""),)),
     ("drift of the subspace in a step", 1e-9, (("drift", ""),)),
     ("condition number", 0.0, (("condition_product", "of m_B m_A"), ("condition_m_A", "of m_A"))),
-    ("update / learning rate", 0.0, (("update_max", "maximum"), ("update_rms", "root mean square"))),
+    (
+        "update / learning rate",
+        0.0,
+        (
+            ("update_max", "maximum"),
+            ("update_rms", "root mean square"),
+            ("update_norm", "largest singular value / (√p + √q)"),
+        ),
+    ),
 )
-_LINES: tuple[Literal["-", "--"], ...] = ("-", "--")
+_LINES: tuple[Literal["-", "--", ":"], ...] = ("-", "--", ":")
 
 
 def plot_diagnostics(folder: RunFolder, title: str) -> None:
@@ -195,7 +203,7 @@ def plot_diagnostics(folder: RunFolder, title: str) -> None:
             else:
                 axes.set_yscale("log")
             if len(fields) > 1:
-                handles = [Line2D([], [], color="#555555", linestyle=line) for line in _LINES]
+                handles = [Line2D([], [], color="#555555", linestyle=line) for line in _LINES[: len(fields)]]
                 axes.legend(handles, [words for _, words in fields], frameon=False, fontsize=9)
             axes.set_title(heading, loc="left", fontsize=11)
             axes.set_xlabel("step")
