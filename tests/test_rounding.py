@@ -314,9 +314,9 @@ def test_the_option_without_any_bfloat16_weight_is_refused_with_the_remedy(
 @each_class
 def test_what_was_saved_before_the_option_existed_loads(kind: Kind) -> None:
     def without(state: dict[str, Any]) -> dict[str, Any]:
-        for group in state["param_groups"]:
-            del group["stochastic_rounding"]
-        state.get("defaults", {}).pop("stochastic_rounding", None)
+        for options in (*state["param_groups"], state.get("defaults", {})):
+            for name in kind.cls._added:
+                options.pop(name, None)
         return state
 
     def fresh(**options: Any) -> Any:
@@ -331,6 +331,9 @@ def test_what_was_saved_before_the_option_existed_loads(kind: Kind) -> None:
         train(loaded, 1)
     pickled = fresh()
     pickled.__setstate__(without(pickle.loads(pickle.dumps(old.__getstate__()))))
+    group = pickled.param_groups[0]
+    assert {name: group[name] for name in kind.cls._added} == kind.cls._added
+    assert group.get("spectral_clipping") is None
     del old.param_groups[0]["stochastic_rounding"], old.defaults["stochastic_rounding"]
     again = pickle.loads(pickle.dumps(old))
     train(again, 1)

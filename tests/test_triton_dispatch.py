@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from _triton import OPTIONS, exact_products, needs_triton, scalars_as_bounds  # 
 from lorapre import LoRAPreAdamW
 from lorapre.backends import dispatch, eager
 from lorapre.backends import triton as backend
+from lorapre.backends.eager import AdamHyperparameters
 
 pytestmark = needs_triton
 SHAPES = ((17, 33), (3, 12, 20), (17, 33), (7,))
@@ -71,6 +73,16 @@ def test_auto_takes_the_kernels_up_to_the_rank_at_which_they_were_measured_to_be
     monkeypatch.setattr(dispatch, "MEASURED", {"adamw": {"another": 512}})
     trained(device, steps=1)
     assert set(calls) == {"eager"}
+
+
+@pytest.mark.parametrize(("hip", "measured"), [(None, True), ("6.4", False)])
+def test_what_was_measured_on_nvidia_is_not_said_of_amd(
+    hip: str | None, measured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    weight = SimpleNamespace(device=torch.device("cuda"))
+    bucket: Any = SimpleNamespace(params=[weight], view=SimpleNamespace(rank=dispatch.MEASURED["adamw"]["cuda"]))
+    assert dispatch._measured(bucket, cast(AdamHyperparameters, None)) is measured
 
 
 def test_what_only_batched_torch_can_do_is_refused_by_the_kernels_and_logged_by_auto(

@@ -113,9 +113,10 @@ def _first_moment(piece: Piece, hyper: AdamHyperparameters) -> Tensor:
 
 
 def _second_moment(piece: Piece, hyper: AdamHyperparameters) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """vhat_t (n, p, q) from the state of step t - 1, which advances; where asked for, its means by row and by column.
+    """vhat_t (n, p, q) from the state of step t - 1, which advances; and its means by row and by column.
 
-    Where v is of rank 1 the column means are those of step t - 1, as no others are there yet when a kernel needs them.
+    None for the means where nobody asks and they would take two passes over v. Where v is of rank 1 those of the
+    columns are of step t - 1, as no others are there yet when a kernel needs them.
     """
     G, beta2 = piece.G, hyper.beta2
     rate = piece.on * (1.0 - beta2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -82,6 +82,8 @@ class LoRAPreAdamW(BackedOptimizer):
         ValueError: an option is out of range, or ``stochastic_rounding`` is on without any bfloat16 parameter.
         TypeError: a parameter is complex, sharded or flattened.
     """
+
+    _added: ClassVar[Mapping[str, Any]] = {**BackedOptimizer._added, "spectral_clipping": None}
 
     def __init__(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 
@@ -19,6 +20,8 @@ from lorapre.optim.dense import DenseAdamW
 class BackedOptimizer(DenseAdamW):
     """Base of the optimizers with the option ``backend``. Subclasses say what their options are to the backends."""
 
+    _added: ClassVar[Mapping[str, Any]] = {**DenseAdamW._added, "backend": "auto"}
+
     def _hyperparameters(self, group: Group, device: torch.device) -> Hyperparameters:
         """The options of a group's matrices on ``device``."""
         raise NotImplementedError
@@ -34,8 +37,3 @@ class BackedOptimizer(DenseAdamW):
             for buckets, group in work
         ]
         return dispatch.open_step(jobs, layouts)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        if "defaults" in state:
-            state["defaults"].setdefault("backend", "auto")  # older pickles have no such option
-        super().__setstate__(state)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast, overload
+from typing import Any, ClassVar, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
@@ -58,6 +58,9 @@ class FactoredOptimizer(SettlingOptimizer):
     Each group may set any option of the constructor, and ``compress`` (default True): False keeps all of the
     group's parameters dense, as `lorapre.param_groups` does for embeddings and heads.
     """
+
+    #: Options that older pickles do not have, with the values by which they went.
+    _added: ClassVar[Mapping[str, Any]] = {"stochastic_rounding": False}
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         super().__init__(params, {**defaults, "compress": True})
@@ -195,9 +198,8 @@ class FactoredOptimizer(SettlingOptimizer):
         # Reached from load_state_dict (no "defaults" yet) and from unpickling (nothing set yet).
         defaults = state.get("defaults", getattr(self, "defaults", {}))
         if "defaults" in state:
-            defaults.setdefault("stochastic_rounding", False)  # older pickles have no such option
-            if "update_clipping" in defaults:
-                defaults.setdefault("spectral_clipping", None)
+            for name, value in self._added.items():
+                defaults.setdefault(name, value)
         for group in state["param_groups"]:
             for key, value in defaults.items():
                 group.setdefault(key, value)

@@ -101,7 +101,7 @@ def _unsupported_by_muon(bucket: Bucket, hyper: MuonHyperparameters) -> str | No
     if sorted(bucket.state) not in _MUON_STATES:
         return f"the state {', '.join(sorted(bucket.state))}; the kernels keep m in factors only"
     if bucket.view.rank > table.KERNEL_RANK:
-        return f"rank {bucket.view.rank}, above {table.KERNEL_RANK}, where torch's products are as fast"
+        return f"rank {bucket.view.rank}, above {table.KERNEL_RANK}, the most that the kernels step of Muon"
     if hyper.ns_dtype == torch.float64:
         return "ns_dtype=torch.float64"
     keep, inside, outside = factors.sum_weights(hyper.mu, hyper.nesterov, hyper.residual_gain)

@@ -35,7 +35,7 @@ class AdamStep(SubspaceStep):
     def __init__(self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts) -> None:
         super().__init__(buckets, hyper, layouts, decay=hyper.beta1, gain=1.0 - hyper.beta1)
         self.hyper = hyper
-        # Of a v in full nobody asks for more there.
+        # Else nobody asks for a v in full in the first pass.
         full = self.full and (hyper.update_clipping or hyper.relative_eps)
         self.spectral = hyper.spectral_clipping is not None
         self._gathered = {"CLIP": hyper.update_clipping, "SPECTRAL": self.spectral, "FULL": full}

@@ -21,8 +21,8 @@ MAX_RANK = 512
 #: Largest rank that is left to the kernels after the first pass; torch takes over above it (`high_rank`).
 KERNEL_RANK = 128
 
-#: How torch makes bases: passes of Cholesky QR, and the precision of their Gram matrices. Two in float64 take less than
-#: three in float32 where float64 is half as fast, as on an A100 or H100; elsewhere it is 30 times slower and more.
+#: How torch makes bases: passes of Cholesky QR, and the precision of their Gram matrices. Two in float64 hold as well;
+#: which takes less time has not been measured.
 GRAM_PASSES = 3
 GRAM_DTYPE = torch.float32
 
