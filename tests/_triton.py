@@ -6,13 +6,14 @@ The interpreter runs one program after the other: matrices are small, and `small
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from _support import Shape, make_params
+from _support import Shape, assert_same_bits, gradients, make_params, set_grads, snapshot
 from lorapre import LoRAPreAdamW
 from lorapre.backends import eager
 from lorapre.backends import triton as backend
@@ -123,6 +124,19 @@ class TritonAdamW(LoRAPreAdamW):
 
 class EagerAdamW(TritonAdamW):
     eagerly = True
+
+
+def assert_nothing_changes_where_not_enabled(optimizer: TritonAdamW, shapes: tuple[Shape, ...]) -> None:
+    """After a first step, of one with nan among its gradients that a mask leaves out."""
+    params = params_of(optimizer)
+    set_grads(params, [next(gradients(shape, 1, seed=i)) for i, shape in enumerate(shapes)])
+    optimizer.step()
+    before = snapshot(optimizer)
+    params[0].grad.fill_(float("nan"))  # type: ignore[union-attr]
+    bucket, _ = optimizer.last
+    off = replace(bucket, step=bucket.step + 1, enabled=torch.tensor(False, device=params[0].device))
+    optimizer.step_buckets([off], optimizer.param_groups[0])
+    assert_same_bits(snapshot(optimizer), before)
 
 
 #: Large, so that a weight is what the updates made of it and an error in them shows.

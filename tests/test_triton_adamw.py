@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from _triton import (  # noqa: F401
     OPTIONS,
     EagerAdamW,
     TritonAdamW,
+    assert_nothing_changes_where_not_enabled,
     both,
     exact_products,
     needs_triton,
@@ -236,14 +237,7 @@ def test_nothing_changes_where_the_step_is_not_enabled(
 ) -> None:
     options = {"nonfinite": "skip", "weight_decay": 0.5, "update_clipping": True, "second_moment": second_moment}
     optimizer, _ = both(PAIR, torch.float32, device, capturable=capturable, **options)
-    set_grads(params_of(optimizer), [next(gradients(shape, 1, seed=i)) for i, shape in enumerate(PAIR)])
-    optimizer.step()
-    before = snapshot(optimizer)
-    params_of(optimizer)[0].grad.fill_(float("nan"))  # type: ignore[union-attr]
-    bucket, _hyper = optimizer.last
-    off = replace(bucket, step=bucket.step + 1, enabled=torch.tensor(False, device=device))
-    optimizer.step_buckets([off], optimizer.param_groups[0])
-    assert_same_bits(snapshot(optimizer), before)
+    assert_nothing_changes_where_not_enabled(optimizer, PAIR)
 
 
 @pytest.mark.parametrize("second_moment", ["rank1", "full"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +9,15 @@ import torch
 from torch import Tensor
 
 from _formulas import random_matrix
-from _support import Shape, assert_close, assert_same_bits, gradients, set_grads, snapshot
-from _triton import both, exact_products, needs_triton, params_of, scalars_as_bounds  # noqa: F401
+from _support import Shape, assert_close, gradients, set_grads
+from _triton import (  # noqa: F401
+    assert_nothing_changes_where_not_enabled,
+    both,
+    exact_products,
+    needs_triton,
+    params_of,
+    scalars_as_bounds,
+)
 from lorapre import subspace
 from lorapre.backends.triton import high_rank, table
 from test_triton_adamw import CASES, Case, run_beside_the_reference
@@ -72,14 +78,7 @@ def test_nothing_changes_where_the_step_is_not_enabled(second_moment: str, devic
     shapes: tuple[Shape, ...] = ((17, 33), (17, 33))
     options = {"nonfinite": "skip", "weight_decay": 0.5, "update_clipping": True, "second_moment": second_moment}
     optimizer, _ = both(shapes, torch.float32, device, **options)
-    set_grads(params_of(optimizer), [next(gradients(shape, 1, seed=i)) for i, shape in enumerate(shapes)])
-    optimizer.step()
-    before = snapshot(optimizer)
-    params_of(optimizer)[0].grad.fill_(float("nan"))  # type: ignore[union-attr]
-    bucket, _hyper = optimizer.last
-    off = replace(bucket, step=bucket.step + 1, enabled=torch.tensor(False, device=device))
-    optimizer.step_buckets([off], optimizer.param_groups[0])
-    assert_same_bits(snapshot(optimizer), before)
+    assert_nothing_changes_where_not_enabled(optimizer, shapes)
 
 
 def test_a_rank_above_that_of_the_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

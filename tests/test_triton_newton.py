@@ -23,6 +23,7 @@ from _support import (
 from _triton import (  # noqa: F401
     EagerAdamW,
     TritonAdamW,
+    assert_nothing_changes_where_not_enabled,
     bfloat16_products,
     exact_products,
     needs_triton,
@@ -228,14 +229,7 @@ def test_a_bfloat16_state_is_rounded_to_nearest(device: torch.device) -> None:
 @pytest.mark.parametrize("options", [{"capturable": True}, RELATIVE], ids=["capturable", "relative"])
 def test_nothing_changes_where_the_step_is_not_enabled(options: dict[str, Any], device: torch.device) -> None:
     optimizer, _ = both(PAIR, torch.float32, device, nonfinite="skip", weight_decay=0.5, **options)
-    set_grads(params_of(optimizer), [next(gradients(shape, 1, seed=i)) for i, shape in enumerate(PAIR)])
-    optimizer.step()
-    before = snapshot(optimizer)
-    params_of(optimizer)[0].grad.fill_(float("nan"))  # type: ignore[union-attr]
-    bucket, _hyper = optimizer.last
-    off = replace(bucket, step=bucket.step + 1, enabled=torch.tensor(False, device=device))
-    optimizer.step_buckets([off], optimizer.param_groups[0])
-    assert_same_bits(snapshot(optimizer), before)
+    assert_nothing_changes_where_not_enabled(optimizer, PAIR)
 
 
 @pytest.mark.parametrize("options", [{}, {**RELATIVE, "eps_mode": "relative"}], ids=["absolute", "relative"])
