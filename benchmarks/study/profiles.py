@@ -9,6 +9,8 @@ ADAM_RATES = (5e-4, 1e-3, 2e-3)
 MUON_RATES = (2.5e-3, 5e-3)
 #: After a contestant's name: from the end of the warm-up on, its residual gain falls with the learning rate.
 DECAYING = " decaying"
+#: Likewise, before the name of a variant out of `study.prototypes`.
+AS = " as "
 
 
 def _adam(
@@ -160,6 +162,17 @@ VARIANTS = Profile(
         _loose(1.0, "1/4") + DECAYING: ADAM_RATES[:2],
         _adam(4.0, "1/32"): ADAM_RATES[:2],
         _adam(4.0, "1/4"): ADAM_RATES[1:],
+        # The residual scaled by norms, and bases that move now and then only.
+        **{
+            _adam(gain, rank) + AS + "fira-scaled": ADAM_RATES[:2] if rank == "1/32" else ADAM_RATES[1:]
+            for gain in (1.0, 4.0)
+            for rank in ("1/32", "1/4")
+        },
+        **{
+            _adam(4.0, rank) + AS + f"sweeps-every-{every}": ADAM_RATES[:2] if rank == "1/32" else ADAM_RATES[1:]
+            for every in (4, 16)
+            for rank in ("1/32", "1/4")
+        },
         # Other state.
         _adam(4.0, "1/32", "+second_moment=full"): ADAM_RATES[1:],
         _adam(4.0, "1/32", "+second_moment=hadamard"): ADAM_RATES[1:],

@@ -26,8 +26,9 @@ from lorapre.lab.optimizers import find_optimizer, matrix_parameters
 from lorapre.lab.optimizers.measure import state_bytes
 from lorapre.lab.optimizers.options import defaults
 from study.plan import Run
-from study.profiles import DECAYING, Profile
+from study.profiles import AS, DECAYING, Profile
 from study.protocol import all_blocks, batches, make_scheduler, next_token_loss, padded
+from study.prototypes import PROTOTYPES
 
 #: Whose update is measured, when factors and moments are young.
 EARLY_STEP = 5
@@ -79,11 +80,13 @@ class Trainer:
         if entry.prepare is not None:
             raise ValueError(f"{entry.name} changes the model, which is compiled once for all here.")
         kind, keywords = entry.build(model.module, config, run.lr, self._profile.dense_lr)
-        optimizer = kind(**keywords)
+        prototype = prototype_of(run.contestant)
+        optimizer = (PROTOTYPES[prototype] if prototype else kind)(**keywords)
         prepared = time.monotonic()
         decaying = run.contestant.endswith(DECAYING)
         result = self._steps(model, optimizer, config, run.lr, decaying=decaying)
         options = dict(contestant.options) | ({"residual_gain_follows": "lr"} if decaying else {})
+        options |= {"prototype": prototype} if prototype else {}
         return {
             **asdict(run),
             "optimizer": contestant.optimizer,
@@ -230,8 +233,13 @@ def largest_rise(losses: Tensor) -> tuple[float | None, int | None]:
 
 
 def parse(contestant: str, model: nn.Module) -> Contestant:
-    """A contestant as ``lorapre compare`` writes it, `DECAYING` or not."""
-    return parse_contestants([contestant.removesuffix(DECAYING)], 0.25, model)[0]
+    """A contestant as ``lorapre compare`` writes it, `DECAYING` or not, `AS` a prototype or as it is."""
+    return parse_contestants([contestant.partition(AS)[0].removesuffix(DECAYING)], 0.25, model)[0]
+
+
+def prototype_of(contestant: str) -> str:
+    """The name of the prototype that it is made `AS`; empty where it is the library's."""
+    return contestant.partition(AS)[2]
 
 
 def load(folder: Path, profile: Profile) -> TextCorpus:

@@ -196,14 +196,19 @@ def test_a_profile_refuses_a_finalist_that_is_not_searched_for() -> None:
 
 
 def test_every_contestant_of_the_profiles_is_one_that_the_registry_takes() -> None:
-    from study.training import parse
+    from study.prototypes import PROTOTYPES
+    from study.training import parse, prototype_of
 
     from lorapre.lab.models import resolve_model
 
     for profile in PROFILES.values():
         model = resolve_model(profile.model).build(0, device="meta")
-        told = {(parse(contestant, model).key, contestant.endswith(DECAYING)) for contestant in profile.rates}
+        told = {
+            (parse(contestant, model).key, contestant.endswith(DECAYING), prototype_of(contestant))
+            for contestant in profile.rates
+        }
         assert len(told) == len(profile.rates)
+        assert {prototype for _, _, prototype in told} <= {"", *PROTOTYPES}
 
 
 def row(lr: float, loss: float | None, **more: Any) -> dict[str, Any]:
