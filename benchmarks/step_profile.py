@@ -1,0 +1,127 @@
+"""Where the time of one step of LoRAPreAdamW goes on a GPU, kernel by kernel.
+
+    python benchmarks/step_profile.py --ranks 16,64,128 --out benchmarks/results/step-time
+
+Writes ``profile.json`` and ``profile.md`` there. The weights are those of ``benchmarks/step_time``; times are
+the device's, by torch.profiler, a mean of some steps, so that what lies between two kernels is in none of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from step_time.weights import Matrices, fitting_layers
+
+from lorapre import LoRAPreAdamW, param_groups
+from lorapre.lab.errors import UserError
+from lorapre.lab.provenance import provenance
+from lorapre.lab.run_folder import write_json, write_text
+
+STEPS, WARM_UP = 5, 3
+#: Kernels whose share is below it are summed up.
+LEAST_SHARE = 0.01
+REST = "others"
+
+
+def profiled(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The events of a chrome trace of ``STEPS`` steps after ``WARM_UP``."""
+    for _ in range(WARM_UP):
+        optimizer.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(STEPS):
+            optimizer.step()
+        torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events: list[dict[str, Any]] = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    return events
+
+
+def kernels(events: Iterable[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+    """Milliseconds and launches a step by name of the kernel, the dearest first; small ones as `REST` at the end."""
+    spent: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            spent[str(event["name"])].append(float(event["dur"]) / 1e3)
+    total = sum(sum(times) for times in spent.values())
+    rows, rest = [], list[float]()
+    for name, times in spent.items():
+        if sum(times) < LEAST_SHARE * total:
+            rest += times
+        else:
+            rows.append(_row(name, times, steps, total))
+    rows.sort(key=lambda row: -row["ms"])
+    return [*rows, _row(REST, rest, steps, total)] if rest else rows
+
+
+def _row(name: str, times: list[float], steps: int, total: float) -> dict[str, Any]:
+    return {
+        "kernel": name,
+        "launches": round(len(times) / steps, 2),
+        "ms": round(sum(times) / steps, 4),
+        "share": round(sum(times) / total, 4),
+    }
+
+
+def table(found: Iterable[dict[str, Any]]) -> str:
+    """All profiles in Markdown."""
+    lines = ["| dtype | r | kernel | launches | ms | share |", "|---|---:|---|---:|---:|---:|"]
+    for one in found:
+        for row in one["kernels"]:
+            name = row["kernel"] if len(row["kernel"]) <= 60 else row["kernel"][:57] + "..."
+            lines.append(
+                f"| {one['dtype']} | {one['rank']} | `{name}` | {row['launches']:g} | {row['ms']:.2f} "
+                f"| {row['share']:.0%} |"
+            )
+        lines.append(f"| {one['dtype']} | {one['rank']} | **sum** | | **{one['ms']:.2f}** | |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Profile, write."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, required=True)
+    made.add_argument("--model", default="llama-1b")
+    made.add_argument("--dtypes", default="float32,bfloat16")
+    made.add_argument("--ranks", default="16,64,128")
+    made.add_argument("--backend", default="auto", choices=("auto", "triton", "eager"))
+    given = made.parse_args(arguments)
+    if not torch.cuda.is_available():
+        raise UserError("No GPU is there, and what is profiled is a GPU's time. Run this on a machine that has one.")
+    device = torch.device("cuda")
+    memory = torch.cuda.get_device_properties(device).total_memory
+    found = []
+    for dtype in given.dtypes.split(","):
+        kind = getattr(torch, dtype)
+        module = Matrices(given.model, fitting_layers(given.model, kind, memory), kind, device)
+        for rank in map(int, given.ranks.split(",")):
+            optimizer = LoRAPreAdamW(param_groups(module), 1e-5, rank, backend=given.backend)
+            rows = kernels(profiled(optimizer), STEPS)
+            ms = round(sum(row["ms"] for row in rows), 4)
+            found.append({"model": given.model, "dtype": dtype, "rank": rank, "ms": ms, "kernels": rows})
+            del optimizer
+            torch.cuda.empty_cache()
+    origin = provenance("triton", seed=0)
+    write_json(given.out / "profile.json", {"profiles": found, "provenance": origin})
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    command = f"python benchmarks/step_profile.py --model {given.model} --dtypes {given.dtypes} --ranks {given.ranks}"
+    tail = f"{origin['hardware']}, {origin['date'][:10]}, {versions}; `{command}`."
+    write_text(given.out / "profile.md", f"{table(found)}\n\n{tail}\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
