@@ -45,10 +45,11 @@ class Factor:
         return Factor(tuple(part.mT for part in self.parts), self.precision)
 
     def __matmul__(self, other: Factor) -> Tensor:
-        with precise(self.precision):
-            if len(self.parts) == 1:
+        if len(self.parts) == 1:
+            with precise(self.precision):
                 return torch.bmm(self.parts[0], other.parts[0])
-            (high, low), (other_high, other_low) = self.parts, other.parts
+        (high, low), (other_high, other_low) = self.parts, other.parts
+        with precise("tf32"):
             return torch.bmm(low, other_high).baddbmm_(high, other_low).baddbmm_(high, other_high)
 
 
@@ -66,7 +67,7 @@ def gram(X: Tensor, precision: str) -> Tensor:
         factor = Factor.of(X, precision)
         return factor @ factor.mT
     high, low = _parts(X)
-    with precise(precision):
+    with precise("tf32"):
         mixed = torch.bmm(high, low.mT)  # the other mixed product is its transpose
         return (mixed + mixed.mT).baddbmm_(high, high.mT)
 
@@ -83,10 +84,10 @@ def _parts(X: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def precise(precision: str) -> Iterator[None]:
-    """Torch's float32 products on a GPU: on tensor cores as TF32, or as they are."""
+    """Torch's float32 products on a GPU: by tensor cores where that is "tf32", else as they are."""
     backend = torch.backends.cuda.matmul
     before = backend.fp32_precision
-    backend.fp32_precision = "tf32" if precision in ("tf32", "tf32x3") else "ieee"
+    backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
     try:
         yield
     finally:

@@ -56,7 +56,7 @@ def last_pass(W: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def corrected(X: Tensor, E: Tensor) -> Tensor:
-    """X + E X: a product of less precision does where E is small, as it is where X was well conditioned."""
+    """X + E X: in this form a product of less precision may do, as E is small where X was well conditioned."""
     return products.multiply(E, X, table.PRECISION["polish"]).add_(X)
 
 

@@ -199,8 +199,8 @@ def update(
     `lorapre.backends.triton.elements.totals`; ``sizes`` (n) becomes the size of a row of L, at most, by which L is
     closed with a share of the old basis. The products are formed transposed, (columns, ranks) and (columns, rows): then
     what is wide goes along the 64 rows that Hopper's tensor cores want, tiles may be narrow, and several programs share
-    a processor and hide each other's latency. Where GIVEN, U is the momentum X A itself, (p, `lines_of` q) of one matrix
-    after the other from ``first_given`` on, and W and v are all that is stepped.
+    a processor and hide each other's latency. Where GIVEN, U is the momentum X A itself, (p, `lines_of` q) of one
+    matrix after the other from ``first_given`` on, and W and v are all that is stepped.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     ALIGNED: tl.constexpr = (G_ORDER == ROWS_ALIGNED) | (G_ORDER == COLUMNS_ALIGNED)
