@@ -1,4 +1,4 @@
-"""Steps of which torch takes over after the first pass, as at high ranks: against the reference and the kernels."""
+"""Steps at high ranks, by batched products after the first pass: against the reference and the kernels."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from _triton import (  # noqa: F401
     scalars_as_bounds,
 )
 from lorapre import subspace
-from lorapre.backends.triton import high_rank, table
-from test_triton_adamw import CASES, Case, run_beside_the_reference
+from lorapre.backends.triton import blocked_cholesky, products, row_bases, table
+from test_triton_adamw import CASES, run_beside_the_reference
 
 pytestmark = needs_triton
 
@@ -45,7 +45,7 @@ NAMES = (
 @pytest.fixture(autouse=True)
 def torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "KERNEL_RANK", 0)
-    monkeypatch.setattr(table, "CHUNK", 64)
+    monkeypatch.setattr(table, "CHOLESKY_COLUMNS", 16)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,30 +81,100 @@ def test_nothing_changes_where_the_step_is_not_enabled(second_moment: str, devic
     assert_nothing_changes_where_not_enabled(optimizer, shapes)
 
 
-def test_a_rank_above_that_of_the_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["of full rank", "of low rank", "none"])
+def test_a_rank_above_that_of_the_kernels(kind: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of one matrix, too, and shapes whose sides are no multiples of anything."""
     monkeypatch.setattr(table, "KERNEL_RANK", 128)
-    run_beside_the_reference(Case("", ((133, 140),), rank=130, steps=1), torch.float32, device, 1e-5)
+    monkeypatch.setattr(table, "CHOLESKY_COLUMNS", 64)
+    monkeypatch.setattr(table, "HIGH_RANK_FACTORS", 1)
+    shapes: tuple[Shape, ...] = ((133, 140), (150, 139), (133, 140))
+    mine, expected = both(shapes, torch.float32, device, rank=130)
+    for seed in range(2):
+        for optimizer in (mine, expected):
+            grads = [random_matrix(*shape, seed=seed) for shape in shapes]
+            if kind == "of low rank":
+                grads = [random_matrix(p, 3, seed=seed) @ random_matrix(3, q, seed=9) for p, q in shapes]
+            set_grads(params_of(optimizer), [grad.float() * (kind != "none") for grad in grads])
+            optimizer.step()
+    for param, twin in zip(params_of(mine), params_of(expected), strict=True):
+        assert_close(param.detach(), twin.detach(), 1e-4)
+        A = mine.state[param]["m_A"].double()
+        assert (A @ A.mT - torch.eye(130, device=device)).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("passes", "dtype"), [(2, torch.float64), (3, torch.float32)])
+@pytest.mark.parametrize("n", [1, 5, 37, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inverse_factors_are_those_that_torch_finds(dtype: torch.dtype, n: int, device: torch.device) -> None:
+    X = random_matrix(3, 2 * n, n).to(device, dtype)
+    S = X.mT @ X
+    L = S.clone()
+    T, works = blocked_cholesky.inverse_cholesky(L, 1e-30)
+    assert works.all()
+    eps = torch.finfo(dtype).eps
+    assert_close(L, torch.linalg.cholesky(S), 100 * eps)
+    assert_close(T, torch.linalg.inv(torch.linalg.cholesky(S)), 1000 * eps)
+
+
+def test_a_matrix_without_a_decomposition_is_told_and_bounded(device: torch.device) -> None:
+    S = torch.eye(40).repeat(2, 1, 1).to(device)
+    S[1, 20, 20] = -1.0
+    T, works = blocked_cholesky.inverse_cholesky(S, 1e-6)
+    assert works.tolist() == [True, False]
+    assert T.abs().max() < 1.1e3
+
+
+def basis(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Q with orthonormal rows and the matrix S of X = S Q."""
+    E, S = row_bases.last_pass(*row_bases.conditioned([X]))
+    return row_bases.corrected(X, E), S
+
+
+@pytest.mark.parametrize("grams", [("float64", "tf32x3"), ("float64", "float64"), ("ieee",) * 3, ("tf32x3",) * 3])
 @pytest.mark.parametrize("condition", [1.0, 1e3, 1e6])
-def test_bases_are_orthonormal_to_rounding_and_the_triangles_are_theirs(
-    condition: float, passes: int, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+def test_bases_are_orthonormal_to_rounding(
+    condition: float, grams: tuple[str, ...], device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(table, "GRAM_PASSES", passes)
-    monkeypatch.setattr(table, "GRAM_DTYPE", dtype)
+    monkeypatch.setattr(table, "GRAMS", grams)
     X = random_matrix(2, 90, 40) * torch.logspace(0, -1, 40, base=condition, dtype=torch.float64)
-    X = (X @ torch.linalg.qr(random_matrix(40, 40)).Q).float().to(device)
-    Q, triangle = (found.double().cpu() for found in high_rank.orthonormalize(X))
+    X = (X @ torch.linalg.qr(random_matrix(40, 40)).Q).mT.float().contiguous().to(device)
+    Q, S = (found.double().cpu() for found in basis(X.clone()))
     eps = torch.finfo(torch.float32).eps
-    assert (Q.mT @ Q - torch.eye(40)).abs().max() < 64 * eps
-    assert not triangle.tril(-1).any()
-    assert (X.double().cpu() - Q @ triangle).norm() < 64 * eps * X.double().norm().cpu()
+    assert (Q @ Q.mT - torch.eye(40)).abs().max() < 64 * eps
+    assert (X.double().cpu() - S @ Q).norm() < 64 * eps * X.double().norm().cpu()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
 def test_bases_of_any_size_are_those_that_torch_finds(scale: float, device: torch.device) -> None:
-    X: Tensor = (random_matrix(3, 40, 20) * scale).float().to(device)
-    found, triangle = high_rank.orthonormalize(X)
-    assert triangle.isfinite().all()
-    assert_close(found, subspace.orthonormalize(X), 1e-5)
+    X: Tensor = (random_matrix(3, 20, 40) * scale).float().to(device)
+    found, S = basis(X.clone())
+    assert S.isfinite().all()
+    assert_close(found, subspace.orthonormalize(X.mT).mT, 1e-5)
+
+
+@pytest.mark.parametrize("weak", [1.0, 0.9, 0.0])
+def test_the_projector_is_that_on_the_rows_and_enlarges_nothing(weak: float, device: torch.device) -> None:
+    exact = torch.linalg.qr(random_matrix(2, 60, 20)).Q.mT
+    strength = torch.ones(20, 1, dtype=torch.float64)
+    strength[-1] = weak
+    X = (exact * strength).float().to(device)
+    found = X.mT @ row_bases.projector(products.gram(X, "ieee")) @ X
+    assert_close(found, exact.mT @ (exact * (1.0 - (1.0 - strength**2) ** 3)), 1e-5)
+
+
+def test_two_parts_of_a_product_hold_what_tf32_does_not(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device.type == "cpu":  # whose products are float32's own
+        own = torch.bmm
+        monkeypatch.setattr(torch, "bmm", lambda X, Y: own(_tf32(X), _tf32(Y)))
+        add = Tensor.baddbmm_
+        monkeypatch.setattr(Tensor, "baddbmm_", lambda self, X, Y: add(self, _tf32(X), _tf32(Y)))
+    X, Y = random_matrix(2, 30, 50).float().to(device), random_matrix(2, 50, 20).float().to(device)
+    exact = (X.double() @ Y.double()).cpu()
+    assert_close(products.multiply(X, Y, "tf32x3"), exact, 1e-6)
+    assert (products.multiply(X, Y, "tf32").cpu() - exact).norm() > 1e-5 * exact.norm()
+    assert_close(products.gram(X, "tf32x3"), (X.double() @ X.double().mT).cpu(), 1e-6)
+    assert_close(products.multiply(X.mT, X, "tf32x3"), (X.double().mT @ X.double()).cpu(), 1e-6)
+
+
+def _tf32(X: Tensor) -> Tensor:
+    """As tensor cores read float32: what does not fit is cut off."""
+    return (X.contiguous().view(torch.int32) & -8192).view(torch.float32)

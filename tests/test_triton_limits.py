@@ -239,11 +239,11 @@ from triton.compiler import ASTSource
 from lorapre.backends.triton import table
 
 numbers = "decay gain ahead beta2 eps keep cross outside v_scale rate step limit shift weight factor".split()
-numbers += ["clipping", "sign"]
-integers = "n seed right_programs first first_given tiles row_tiles col_tiles numel".split()
-lists = "items starts right_items left_items".split()
+numbers += ["clipping", "sign", "floor"]
+integers = "n seed right_programs first first_given tiles row_tiles col_tiles numel start R".split()
+lists = "items starts right_items left_items works".split()
 
-def build(kernel, target, blocks=None, **constants):
+def build(kernel, target, blocks=None, doubles=(), **constants):
     names = kernel.arg_names
     types = {}
     for name in names:
@@ -253,6 +253,7 @@ def build(kernel, target, blocks=None, **constants):
         if name in lists: types[name] = "*i32"
         if name == "matrices": types[name] = "*i64"
         if name == "enabled": types[name] = "*u8"
+        if name in doubles: types[name] = "*fp64"
         if name in constants: types[name] = "constexpr"
     source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()})
     options = table.launch(blocks) if blocks else {}
@@ -260,7 +261,8 @@ def build(kernel, target, blocks=None, **constants):
 """
 COMPILE = """
 import re
-from lorapre.backends.triton import bases, cholesky, elements, first_pass, second_pass, spectral
+from lorapre.backends.triton import bases, blocked_cholesky, cholesky, elements, first_pass, products, second_pass
+from lorapre.backends.triton import spectral
 
 for target, rank, kind, narrow, precision in (
     (GPUTarget("cuda", 90, 32), 160, tl.bfloat16, True, "tf32"),
@@ -297,6 +299,9 @@ for target, rank, kind, narrow, precision in (
     block = table.blocks(table.UPDATE, rank, size)
     tile |= dict(BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols)
     del tile["NEGATE"]
+    build(products.cut, target, BLOCK=table.ELEMENTS)
+    columns = table.blocked_cholesky_blocks()
+    build(blocked_cholesky.decompose, target, columns, doubles=("S", "T") if narrow else (), BLOCK=columns.rows)
     made = build(second_pass.update, target, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, GIVEN=False,
                  RELATIVE=True, BOUNDED=True, STOCHASTIC=narrow, ROUNDS=7, X_IN_STATE=True, L_IN_STATE=not narrow,
                  W_ORDER=1, G_ORDER=2, MOMENTUM_PRECISION=precision, LEFT_PRECISION=precision, **tile)

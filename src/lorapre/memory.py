@@ -142,6 +142,8 @@ class _KernelScratch:
     weights: int = 0
     factors: int = 0
     largest: int = 0
+    at_once: int = 0
+    high: bool = False
     iterates: Counter[tuple[MatrixView, torch.dtype]] = field(default_factory=Counter)
 
     def add(self, param: Tensor, view: MatrixView, optimizer: FactoredOptimizer, group: Group) -> None:
@@ -152,6 +154,8 @@ class _KernelScratch:
         else:
             sketched = group.get("spectral_clipping") is not None
             each = table.scratch_bytes(view, optimizer._state_dtype(param, group), sketched=sketched)
+            if view.rank > table.KERNEL_RANK:
+                self.high, self.at_once = True, max(self.at_once, table.high_rank_bytes(view))
         self.weights += param.numel() * param.element_size()
         self.factors += each
         self.largest = max(self.largest, each)
@@ -161,11 +165,12 @@ class _KernelScratch:
 
     @property
     def peak(self) -> int:
-        """Factors of as many as the limit allows or of the largest one, and the iterates of one batch."""
+        """Factors of as many as the limit allows or of the largest one, and of one batch iterates or what is copied."""
         batches = (
             table.muon_scratch_bytes(view, dtype, self.weights, count) for (view, dtype), count in self.iterates.items()
         )
-        return max(self.largest, min(self.factors, table.scratch_limit(self.weights))) + max(batches, default=0)
+        limit = table.high_rank_limit(self.weights) if self.high else table.scratch_limit(self.weights)
+        return max(self.largest, min(self.factors, limit)) + max(self.at_once, max(batches, default=0))
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ class AdamStep(SubspaceStep):
     pass 2, 6 for the right basis, the new state: 19; one more with spectral clipping, and one where a mask arrives
     after the first pass. The two passes are launched once for each order of the numbers of W, G and v. With counters on
     the device the coefficients are some 20 operations on n numbers instead of one launch. Beyond
-    `lorapre.backends.triton.table.FUSED_RANK` there are 5 more, and beyond ``KERNEL_RANK`` torch takes over after the
-    first pass: some 80 operations a shape and 10 a matrix.
+    `lorapre.backends.triton.table.FUSED_RANK` there are 5 more, and beyond ``KERNEL_RANK`` batched products take over
+    after the first pass: see `lorapre.backends.triton.high_rank`.
     """
 
     def __init__(self, buckets: Sequence[Bucket], hyper: AdamHyperparameters, layouts: Layouts) -> None:
@@ -105,12 +105,14 @@ class AdamStep(SubspaceStep):
         for orders, work in self._kinds(self.matrices.q, block.cols):
             self._launch_update(work, orders, block, ranks, self.r, (self.U, self.X, self.L, C))
 
-    def update_given(self, M: Tensor, first: int) -> None:
-        """The weights, and v, of the matrices from ``first`` on whose momenta X A are ``M`` (n, p, q); one launch."""
+    def update_given(self, M: Tensor, at: slice) -> None:
+        """The weights, and v, of the matrices ``at`` whose momenta X A are ``M``; one launch.
+
+        ``M`` is (n, p, q), q up to the multiple of 16 of `lorapre.backends.triton.layout.lines`.
+        """
         block = table.given_blocks()
-        chosen = tuple(first <= k < first + len(M) for k in range(self.n))
-        work = self._work(self.matrices.q, block.cols, chosen)
-        self._launch_update(work, self.matrices.kinds[first], block, 1, block.rank, (M, M, M, M), first)
+        work = self._work(self.matrices.q, block.cols).part([math.ceil(q / block.cols) for q in self.matrices.q], at)
+        self._launch_update(work, self.matrices.kinds[at.start], block, 1, block.rank, (M, M, M, M), at.start)
 
     def _launch_update(
         self,

@@ -111,6 +111,11 @@ class Work:
     programs: int
     tiles: int
 
+    def part(self, counts: Sequence[int], at: slice) -> Work:
+        """The same of the matrices ``at`` alone, of all of which ``counts`` are the tiles."""
+        first, programs = sum(counts[: at.start]), sum(counts[at])
+        return Work(self.items[first : first + programs], self.starts, programs, self.tiles)
+
 
 class Layouts:
     """Tables and work lists by what they say, at most ``limit`` of them, the least recently used dropped first.

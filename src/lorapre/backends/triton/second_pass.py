@@ -199,8 +199,8 @@ def update(
     `lorapre.backends.triton.elements.totals`; ``sizes`` (n) becomes the size of a row of L, at most, by which L is
     closed with a share of the old basis. The products are formed transposed, (columns, ranks) and (columns, rows): then
     what is wide goes along the 64 rows that Hopper's tensor cores want, tiles may be narrow, and several programs share
-    a processor and hide each other's latency. Where GIVEN, U is the momentum X A itself, (p, q) of one matrix after the
-    other from ``first_given`` on, and W and v are all that is stepped.
+    a processor and hide each other's latency. Where GIVEN, U is the momentum X A itself, (p, `lines_of` q) of one
+    matrix after the other from ``first_given`` on, and W and v are all that is stepped.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     ALIGNED: tl.constexpr = (G_ORDER == ROWS_ALIGNED) | (G_ORDER == COLUMNS_ALIGNED)
@@ -255,7 +255,8 @@ def update(
         old = beta2 * v_scale / mean
 
     if GIVEN:
-        U_base = U + (matrix - first_given) * p * q
+        width = lines_of(q)
+        U_base = U + (matrix - first_given) * p * width
     elif R_BLOCKS == 1:  # the loop below stores, so that the compiler would read it again in every turn
         basis = tl.load(
             A_base + (ranks[:, None] * q + cols[None, :]),
@@ -329,7 +330,7 @@ def update(
                 left = tl.dot(tl.trans(sign * g), tl.trans(u), left, input_precision=LEFT_PRECISION)
         if (R_BLOCKS == 1) | (r_block == 0):
             if GIVEN:
-                m = signed * g + tl.load(U_base + (rows[:, None] * q + cols[None, :]), mask=inside, other=0.0)
+                m = signed * g + tl.load(U_base + (rows[:, None] * width + cols[None, :]), mask=inside, other=0.0)
             else:
                 momentum = tracked(
                     X_base, A_base, basis, rows, cols, p, q, R, BLOCK_R, BLOCK_P, BLOCK_Q, BF16, MOMENTUM_PRECISION

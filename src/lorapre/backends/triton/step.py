@@ -26,9 +26,15 @@ def on_device_of(buckets: Sequence[Bucket]) -> AbstractContextManager[None]:
     return nullcontext() if device.type == "cpu" else torch.accelerator.device_index(device.index)
 
 
-def turns(buckets: Sequence[Bucket], scratch: Callable[[Bucket], int]) -> Iterator[list[Bucket]]:
-    """The buckets in parts whose scratch stays below the limit, or that are one parameter, which needs ``scratch``."""
-    limit = table.scratch_limit(sum(param.numel() * param.element_size() for one in buckets for param in one.params))
+def turns(
+    buckets: Sequence[Bucket], scratch: Callable[[Bucket], int], limit_of: Callable[[int], int] | None = None
+) -> Iterator[list[Bucket]]:
+    """The buckets in parts whose scratch stays below the limit, or that are one parameter, which needs ``scratch``.
+
+    ``limit_of`` the bytes of all weights is the limit, `lorapre.backends.triton.table.scratch_limit` unless given.
+    """
+    limit_of = limit_of or table.scratch_limit
+    limit = limit_of(sum(param.numel() * param.element_size() for one in buckets for param in one.params))
     turn: list[Bucket] = []
     used = 0
     for bucket in buckets:

@@ -29,7 +29,8 @@ def turns_of(buckets: Sequence[Bucket], hyper: Hyperparameters) -> Iterator[tupl
     def scratch(bucket: Bucket) -> int:
         return table.scratch_bytes(bucket.view, bucket.state["m_B"][0].dtype, sketched=sketched)
 
-    for turn in turns(buckets, scratch):
+    high = buckets[0].view.rank > table.KERNEL_RANK
+    for turn in turns(buckets, scratch, table.high_rank_limit if high else table.scratch_limit):
         yield turn, sum(scratch(bucket) * len(bucket.params) for bucket in turn)
 
 

@@ -13,18 +13,22 @@ from typing import Any
 import torch
 
 from lorapre import spectral
+from lorapre.backends.triton.layout import lines
 from lorapre.routing import MatrixView
 
 #: Largest rank that the kernels take.
 MAX_RANK = 512
 
-#: Largest rank that is left to the kernels after the first pass; torch takes over above it (`high_rank`).
+#: Largest rank that is left to the kernels after the first pass; batched products take over above it (`high_rank`).
 KERNEL_RANK = 128
 
-#: How torch makes bases: passes of Cholesky QR, and the precision of their Gram matrices. Two in float64 hold as well;
-#: which takes less time has not been measured.
-GRAM_PASSES = 3
-GRAM_DTYPE = torch.float32
+#: How the bases of high ranks are made: one pass of Cholesky QR each, and the precision of its Gram matrix. A first one
+#: in float64 leaves the second almost nothing to do up to a condition of 1e6. Three of "tf32x3" or "ieee" are for GPUs
+#: where float64 is slow, which are all but a data centre's.
+GRAMS: tuple[str, ...] = ("float64", "tf32x3")
+
+#: Columns that are decomposed number by number in their Gram matrices, by one program a matrix.
+CHOLESKY_COLUMNS = 64
 
 #: Largest rank of which a program that multiplies a factor sums up the products of the result, too. At rank 128 both
 #: together leave room for half as many rows, with three times as many instructions each.
@@ -33,7 +37,15 @@ FUSED_RANK = 64
 #: Precision of float32 products (`tl.dot`) by use: "ieee", "tf32x3" or "tf32".
 #: ``project`` is G A^T, ``momentum`` is X A, ``left`` is U^T G, ``bases`` is what orthonormalizes factors.
 #: TF32 has 10 bits, which is far less than a gradient's noise; a basis that lost its orthonormality would not be one.
-PRECISION: dict[str, str] = {"project": "tf32", "momentum": "tf32", "left": "tf32", "bases": "tf32x3"}
+#: At high ranks ``polish`` is the last correction of a basis, a small part of it where that was well conditioned: by
+#: emulation at r = 512, "tf32" holds A A^T = I to 1e-6 up to a condition of 1e3, to 1e-4 at 1e4 and 1e-3 from there on.
+PRECISION: dict[str, str] = {
+    "project": "tf32",
+    "momentum": "tf32",
+    "left": "tf32",
+    "bases": "tf32x3",
+    "polish": "tf32x3",
+}
 
 #: The same where the regression is the paper's: ``newton`` is G, or |G|, times a factor, ``newton_bf16`` the same of
 #: gradients in bfloat16, of which "bf16" and "bf16x2" take one or two products in bfloat16 and the factor as a sum of
@@ -55,6 +67,14 @@ CHUNK = 512
 #: read once more, to see whether it is finite. Llama-1B's matrices in float32 need 4.1 % at rank 64.
 SCRATCH_SHARE = 0.045
 LEAST_SCRATCH = 2**28
+
+#: The same share at high ranks, where factors themselves are a fifth of the weights and the more matrices are
+#: decomposed at once, the better: each of their columns takes as long as one of all of them.
+HIGH_RANK_SHARE = 0.25
+
+#: Numbers of factors, and of momenta, that are copied or multiplied at once at high ranks; one matrix in any case.
+HIGH_RANK_FACTORS = 2**23
+HIGH_RANK_MOMENTA = 2**25
 
 
 @dataclass(frozen=True)
@@ -166,6 +186,11 @@ def product_blocks(rank: int) -> Blocks:
     return Blocks(32, 0, block, 4, 3) if block < 64 else Blocks(64, 0, block, 4, 2)
 
 
+def blocked_cholesky_blocks() -> Blocks:
+    """Columns that are decomposed number by number, where products do the rest."""
+    return Blocks(CHOLESKY_COLUMNS, 0, 0, 8, 1)
+
+
 def cholesky_blocks(rank: int) -> Blocks:
     """Columns that are decomposed number by number, of an (r, r) matrix."""
     whole = padded(rank)
@@ -194,12 +219,13 @@ def finish_blocks(rank: int) -> Blocks:
 def scratch_bytes(view: MatrixView, state_dtype: torch.dtype, *, sketched: bool = False) -> int:
     """Scratch of one parameter's matrices: K, twice more factors where the state is narrow or split, and r x r.
 
-    With ``sketched`` also what spectral clipping takes.
+    With ``sketched`` also what spectral clipping takes. At high ranks there is `high_rank_bytes` besides.
     """
     p, q, r = view.p, view.q, view.rank
     if r > KERNEL_RANK:
-        factors = max(5 * p * r, 3 * p * r + p * q, 2 * p * r + q * (p + r), 2 * p * r + 4 * q * r)
-        return 4 * view.batch * (factors + 12 * r * r + p + sketched * spectral.COLUMNS * (p + r))
+        left, right = (lines(side) for side in (p, q))
+        factors = r * (left + max(left, right))
+        return 4 * view.batch * (factors + 9 * r * r + p + sketched * spectral.COLUMNS * (p + r))
     factors = p * r
     if state_dtype != torch.float32:
         factors += (p + q) * r
@@ -208,6 +234,18 @@ def scratch_bytes(view: MatrixView, state_dtype: torch.dtype, *, sketched: bool 
     chunk = chunk_rows(r)
     squares = 4 + max(1, math.ceil(max(p, q) / chunk))
     return 4 * view.batch * (factors + squares * r * r + p + sketched * spectral.COLUMNS * (p + r))
+
+
+def high_rank_batch(view: MatrixView) -> int:
+    """Matrices of which a step at a high rank copies or multiplies factors, and forms the momentum, at once."""
+    longer = lines(max(view.p, view.q))
+    return max(1, min(HIGH_RANK_FACTORS // (longer * view.rank), HIGH_RANK_MOMENTA // (view.p * lines(view.q))))
+
+
+def high_rank_bytes(view: MatrixView) -> int:
+    """What a step at a high rank holds of so many at a time: parts of factors, or the momentum; a gradient."""
+    longer, momentum = lines(max(view.p, view.q)) * view.rank, view.p * lines(view.q)
+    return 4 * (high_rank_batch(view) * max(7 * longer, 4 * longer + momentum) + momentum)
 
 
 def eights(length: int) -> int:
@@ -249,3 +287,8 @@ def newton_scratch_bytes(view: MatrixView, second_rank: int) -> int:
 def scratch_limit(weight_bytes: int) -> int:
     """Bytes of scratch of a step: a share of the weights, or what hardly any GPU misses."""
     return max(LEAST_SCRATCH, int(SCRATCH_SHARE * weight_bytes))
+
+
+def high_rank_limit(weight_bytes: int) -> int:
+    """The same at high ranks."""
+    return max(LEAST_SCRATCH, int(HIGH_RANK_SHARE * weight_bytes))
