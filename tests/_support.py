@@ -148,6 +148,7 @@ class ReferenceRun:
                 update_clipping=group["update_clipping"],
                 spectral_clipping=group["spectral_clipping"],
                 regression=group["regression"],
+                sweeps=self.states[i].step % group["sweep_interval"] == 0,
                 residual_gain=group["residual_gain"],
                 bias_correction=group["bias_correction"],
             )

@@ -195,6 +195,7 @@ def lorapre_adam_step(
     weight_decay: float = 0.0,
     scale: float = 1.0,
     regression: Literal["newton", "subspace"] = "newton",
+    sweeps: bool = True,
     residual_gain: float | None = None,
     damping: float = 1e-6,
     damping_mode: Literal["absolute", "relative"] = "absolute",
@@ -205,6 +206,7 @@ def lorapre_adam_step(
     The rest is beyond the paper: ``regression="subspace"`` is equation (11), ``residual_gain`` c of (12), and
     ``state`` may hold the second moment of (13), or Adam's own, in full. A relative ``eps`` is in units of the
     matrix's root mean vhat. ``bounded`` limits |mhat| / sqrt(vhat) to 1 / sqrt(1 - beta2), and to 0 where vhat is 0.
+    Without ``sweeps`` the right factor of "subspace" stays, and M' = M_t is projected on its rows: M' A^T A.
     ``update_clipping`` is equation (14), ``spectral_clipping`` (15), both by the divisor that is larger.
     """
     state.step += 1
@@ -241,7 +243,10 @@ def lorapre_adam_step(
         v_hat = v / second_moment_correction(beta2, state.step, bias_correction)
         # The square root of v decays by sqrt(beta2), and each of its two factors by the root of that: equation (3).
         state.v_B, state.v_A = follow(state.v_B, state.v_A, G.abs(), math.sqrt(beta2))
-    state.m_B, state.m_A = follow(state.m_B, state.m_A, G, beta1)
+    if sweeps:
+        state.m_B, state.m_A = follow(state.m_B, state.m_A, G, beta1)
+    else:
+        state.m_B = (beta1 * (state.m_B @ state.m_A) + (1 - beta1) * G) @ state.m_A.T
     if state.v_row is None:
         rows, columns = v_hat.mean(dim=1), v_hat.mean(dim=0)
     if eps_mode == "relative":

@@ -79,6 +79,14 @@ def sweep(B: Tensor, A: Tensor, G: Tensor, GA: Tensor, *, decay: float, gain: fl
     return right_half(U, carried(U, B, A, decay=decay).baddbmm_(U.mT, G, alpha=gain), A)
 
 
+def on_old_basis(B: Tensor, GA: Tensor, *, decay: float, gain: float) -> Tensor:
+    """The left factor (n, p, r) of (decay M + gain G) A^T A, the momentum's projection on the old rows of A.
+
+    ``B`` and ``GA`` = G A^T are (n, p, r). What a step costs that does not `sweep`: no second product with G, no basis.
+    """
+    return B * decay + GA * gain
+
+
 def carried(U: Tensor, B: Tensor, A: Tensor, *, decay: float) -> Tensor:
     """U^T (decay M), (n, r, q): what L = U^T M' lacks then is gain U^T G."""
     return torch.bmm(torch.bmm(U.mT, B) * decay, A)

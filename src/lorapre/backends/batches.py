@@ -59,6 +59,7 @@ class Bucket:
         state: lists of state tensors by their key.
         step: number t of this step, from 1: a float, or a tensor with one entry a parameter.
         maximize: ascend.
+        sweeps: the bases of the factors move; else m_A stays, and m_B follows on it.
         enabled: a 0-d bool tensor on the device; where False, nothing changes (the gradients are not finite).
         rounding: of bfloat16 weights by chance; None rounds to nearest.
         scratch: what its pieces take their p x q buffers from.
@@ -70,6 +71,7 @@ class Bucket:
     state: dict[str, list[Tensor]]
     step: Coefficient
     maximize: bool
+    sweeps: bool = True
     enabled: Tensor | None = None
     rounding: Rounding | None = None
     scratch: Scratch = field(default_factory=Scratch, compare=False)
@@ -89,7 +91,15 @@ class Bucket:
             state = {key: tensors[part] for key, tensors in self.state.items()}
             rounding = None if self.rounding is None else self.rounding.part(part)
             piece = Piece(
-                self.view, self.params[part], self.grads[part], state, step, self.enabled, rounding, self.scratch
+                self.view,
+                self.params[part],
+                self.grads[part],
+                state,
+                step,
+                self.enabled,
+                rounding,
+                self.scratch,
+                sweeps=self.sweeps,
             )
             if self.maximize:
                 piece.G.neg_()
@@ -104,6 +114,7 @@ class Piece:
         step: number of this step, a float or a tensor (n, 1, 1).
         on: 1.0, or ``enabled`` as a number.
         enabled: as in `Bucket`.
+        sweeps: as in `Bucket`.
     """
 
     def __init__(
@@ -116,9 +127,11 @@ class Piece:
         enabled: Tensor | None,
         rounding: Rounding | None,
         scratch: Scratch,
+        *,
+        sweeps: bool,
     ) -> None:
         self._view, self._params, self._state, self._rounding = view, params, state, rounding
-        self.enabled = enabled
+        self.enabled, self.sweeps = enabled, sweeps
         n = len(params) * view.batch
         widest = torch.promote_types(params[0].dtype, next(iter(state.values()))[0].dtype)
         self._dtype = torch.promote_types(widest, torch.float32)

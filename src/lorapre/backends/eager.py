@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorapre import factors, spectral
+from lorapre import factors, spectral, subspace
 from lorapre.backends.batches import Bucket, Piece
 from lorapre.factors import BiasCorrection, Coefficient, Regressor
 
@@ -101,7 +101,11 @@ def momentum(
         return G.mul_(inside).add_(M.mul_(keep))
     B, A = piece["m_B"], piece["m_A"]
     left = regressor.project(A, G)
-    piece["m_B"], piece["m_A"] = regressor.advance(B, A, G, left, decay=decay, gain=gain, on=piece.enabled)
+    if piece.sweeps:
+        piece["m_B"], piece["m_A"] = regressor.advance(B, A, G, left, decay=decay, gain=gain, on=piece.enabled)
+    else:
+        new = subspace.on_old_basis(B, left, decay=decay, gain=gain)
+        piece["m_B"] = new if piece.enabled is None else torch.where(piece.enabled, new, B)
     return factors.read_momentum(B, A, G, left, keep=keep, inside=inside, outside=outside, inplace=True)
 
 

@@ -306,10 +306,12 @@ class FactoredOptimizer(SettlingOptimizer):
             # Counters on the device stay unread; a batch then carries one coefficient a matrix.
             count = None if group["capturable"] else state["step"].item()
             dtype = next(value.dtype for name, value in state.items() if name != "step")
-            key = (view, param.shape, param.device, param.dtype, dtype, count)
+            # Steps are counted from 1, and the first one sweeps: a random basis tracks nothing.
+            sweeps = count is None or count % group.get("sweep_interval", 1) == 0
+            key = (view, param.shape, param.device, param.dtype, dtype, count, sweeps)
             buckets[key].append(param)
         by_device: dict[torch.device, list[Bucket]] = defaultdict(list)
-        for (view, *_, count), params in buckets.items():
+        for (view, *_, count, sweeps), params in buckets.items():
             states = [self.state[param] for param in params]
             steps = [state["step"] for state in states]
             bucket = Bucket(
@@ -319,6 +321,7 @@ class FactoredOptimizer(SettlingOptimizer):
                 state={key: [state[key] for state in states] for key in states[0] if key != "step"},
                 step=torch.stack(steps) + 1 if count is None else count + 1.0,
                 maximize=group["maximize"],
+                sweeps=sweeps,
                 rounding=self._rounding(params, group),
                 scratch=scratch,
             )

@@ -65,6 +65,23 @@ def check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None
         raise ValueError(f"Invalid {name}: {value!r}. Choose one of {', '.join(map(repr, allowed))}.")
 
 
+def check_sweep_interval(group: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for a ``sweep_interval`` that is out of range, or that another option leaves no meaning."""
+    interval = group["sweep_interval"]
+    if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
+        raise ValueError(f"Invalid sweep_interval: {interval!r}. Give a whole number of at least 1.")
+    if interval > 1 and group["regression"] != "subspace":
+        raise ValueError(
+            f"sweep_interval={interval} means nothing with regression={group['regression']!r}, which moves both "
+            "factors in every step. Leave it out, or use regression='subspace'."
+        )
+    if interval > 1 and group["capturable"]:
+        raise ValueError(
+            f"sweep_interval={interval} cannot work with capturable=True: a CUDA graph repeats one step, and steps "
+            "that sweep are others than those that do not. Use sweep_interval=1 or capturable=False."
+        )
+
+
 def check_betas(betas: tuple[float, float]) -> None:
     """Raise ``ValueError`` unless both decay rates lie in [0, 1), worded as torch.optim words it."""
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:

@@ -176,7 +176,7 @@ def cohorts(buckets: Sequence[Bucket]) -> list[list[Bucket]]:
         dtypes = bucket.params[0].dtype, bucket.grads[0].dtype, bucket.state["m_B"][0].dtype
         seed = None if bucket.rounding is None else bucket.rounding.seed
         kept = tuple(sorted(bucket.state.keys() - {"u_row", "u_col"}))  # whose launches are a shape's
-        key = (bucket.params[0].device, _ranks(bucket), dtypes, step, bucket.maximize, seed, kept)
+        key = (bucket.params[0].device, _ranks(bucket), dtypes, step, bucket.maximize, bucket.sweeps, seed, kept)
         found.setdefault(key, []).append(bucket)
     return list(found.values())
 

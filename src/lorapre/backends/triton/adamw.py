@@ -97,13 +97,15 @@ class AdamStep(SubspaceStep):
             **table.launch(block),
         )
 
-    def _update(self, C: Tensor) -> None:
+    def _update(self, C: Tensor | None) -> None:
         block = self.update_blocks
         if self.spectral:
             self._divide()
         ranks = math.ceil(self.r / block.rank)
         for orders, work in self._kinds(self.matrices.q, block.cols):
-            self._launch_update(work, orders, block, ranks, self.r, (self.U, self.X, self.L, C))
+            self._launch_update(
+                work, orders, block, ranks, self.r, (self.U, self.X, self.L, self.U if C is None else C)
+            )
 
     def update_given(self, M: Tensor, at: slice) -> None:
         """The weights, and v, of the matrices ``at`` whose momenta X A are ``M``; one launch.
@@ -155,6 +157,7 @@ class AdamStep(SubspaceStep):
             CLIP=hyper.update_clipping or self.spectral,
             FULL=self.full,
             GIVEN=given is not None,
+            SWEEPS=self.sweeps and given is None,
             STOCHASTIC=self.seed is not None,
             ROUNDS=rounding.ROUNDS,
             X_IN_STATE=self.X_in_state and given is None,

@@ -232,6 +232,71 @@ def apply(
 
 
 @triton.jit
+def keep_basis(
+    matrices,
+    items,
+    coefficients,
+    U,
+    X,
+    decay,
+    gain,
+    S_TYPE: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of a step that does not sweep: X = keep B + cross G A^T of G A^T in ``U``, and m_B <- decay B + gain G A^T where
+    it is enabled.
+    """
+    item = tl.program_id(0)
+    matrix = tl.load(items + item * 2).to(tl.int64)
+    tile = tl.load(items + item * 2 + 1)
+    p = size_of(matrices, matrix, P)
+    row = coefficients + matrix * WIDTH
+    live = p * (tl.load(row + ON) != 0).to(tl.int32)
+    rows = tile * BLOCK + tl.arange(0, BLOCK)
+    ranks = tl.arange(0, BLOCK_R)
+    base, column = factor(matrices, matrix, U, p, False, False)
+    B_base = base_of(matrices, matrix, B, S_TYPE)
+    X_base = place_in(X, matrices, matrix, LEFT, B, False)
+    x = tl.trans(
+        tl.load(
+            base + (ranks[:, None] * column + rows[None, :]),
+            mask=(ranks < R)[:, None] & (rows < column)[None, :],
+            other=0.0,
+        )
+    )
+    b = factor_of_rows(B_base, rows, ranks, p, R)
+    at = rows[:, None] * R + ranks[None, :]
+    inside = (ranks < R)[None, :]
+    tl.store(X_base + at, tl.load(row + KEEP) * b + tl.load(row + CROSS) * x, mask=(rows < p)[:, None] & inside)
+    tl.store(B_base + at, nearest(decay * b + gain * x, S_TYPE), mask=(rows < live)[:, None] & inside)
+
+
+@triton.jit
+def advance_v_row(
+    matrices, items, coefficients, row_sums, beta2, S_TYPE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """v_row one step on, where that is enabled; for steps that do not `finish`."""
+    item = tl.program_id(0)
+    matrix = tl.load(items + item * 2).to(tl.int64)
+    rows = tl.load(items + item * 2 + 1) * BLOCK + tl.arange(0, BLOCK)
+    on = (tl.load(coefficients + matrix * WIDTH + ON) != 0).to(tl.int32)
+    live = size_of(matrices, matrix, P) * on
+    next_v_row(matrices, matrix, row_sums, beta2, rows, live, size_of(matrices, matrix, Q), S_TYPE)
+
+
+@triton.jit
+def next_v_row(matrices, matrix, row_sums, beta2, rows, live, q, S_TYPE: tl.constexpr):
+    """v_row one step on, in those of ``rows`` that are below ``live``."""
+    base = base_of(matrices, matrix, V_ROW, S_TYPE)
+    inside = rows < live
+    old = tl.load(base + rows, mask=inside, other=0.0).to(tl.float32)
+    now = tl.load(row_sums + field(matrices, matrix, ROWS) + rows, mask=inside, other=0.0) / q
+    tl.store(base + rows, nearest(old + (1.0 - beta2) * (now - old), S_TYPE), mask=inside)
+
+
+@triton.jit
 def finish(
     matrices,
     right_items,
@@ -302,8 +367,4 @@ def finish(
         else:
             tl.store(target + (rows[:, None] + out[None, :] * q), new, mask=inside[:, None] & (out < R)[None, :])
     if V_ROWS:
-        base = base_of(matrices, matrix, V_ROW, S_TYPE)
-        inside = rows < tl.where(left, p * on, 0)
-        old = tl.load(base + rows, mask=inside, other=0.0).to(tl.float32)
-        now = tl.load(row_sums + field(matrices, matrix, ROWS) + rows, mask=inside, other=0.0) / q
-        tl.store(base + rows, nearest(old + (1.0 - beta2) * (now - old), S_TYPE), mask=inside)
+        next_v_row(matrices, matrix, row_sums, beta2, rows, tl.where(left, p * on, 0), q, S_TYPE)

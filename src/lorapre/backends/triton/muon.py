@@ -66,7 +66,8 @@ class MuonStep(SubspaceStep):
         self.weight = max(keep, inside, abs(outside))
         self.M_dtype = hyper.iterates_in(buckets[0].params[0]) or torch.float32
 
-    def _update(self, C: Tensor) -> None:
+    def _update(self, C: Tensor | None) -> None:
+        assert C is not None  # every step of Muon sweeps
         batches = list(self._batches())
         M, spare = (self._empty(max(batch.numel for batch in batches), self.M_dtype) for _ in range(2))
         sizes = torch.empty_like(self.sizes)

@@ -182,6 +182,7 @@ def update(
     CLIP: tl.constexpr,
     FULL: tl.constexpr,
     GIVEN: tl.constexpr,
+    SWEEPS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ROUNDS: tl.constexpr,
     X_IN_STATE: tl.constexpr,
@@ -199,8 +200,9 @@ def update(
     `lorapre.backends.triton.elements.totals`; ``sizes`` (n) becomes the size of a row of L, at most, by which L is
     closed with a share of the old basis. The products are formed transposed, (columns, ranks) and (columns, rows): then
     what is wide goes along the 64 rows that Hopper's tensor cores want, tiles may be narrow, and several programs share
-    a processor and hide each other's latency. Where GIVEN, U is the momentum X A itself, (p, `lines_of` q) of one
-    matrix after the other from ``first_given`` on, and W and v are all that is stepped.
+    a processor and hide each other's latency. Without SWEEPS there is no L, and nobody reads U and C. Where GIVEN,
+    which does not sweep, U is the momentum X A itself, (p, `lines_of` q) of one matrix after the other from
+    ``first_given`` on, and W and v are all that is stepped.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     ALIGNED: tl.constexpr = (G_ORDER == ROWS_ALIGNED) | (G_ORDER == COLUMNS_ALIGNED)
@@ -316,7 +318,7 @@ def update(
         square = g * g
         if not FULL:
             squares += square
-        if not GIVEN:
+        if SWEEPS:
             u = tl.load(
                 U_base + (ranks[:, None] * U_column + rows[None, :]),
                 mask=(ranks < R)[:, None] & (rows < U_column)[None, :],
@@ -356,7 +358,7 @@ def update(
             new = rounded(w, seed, matrices, matrix, coefficients, rows, cols, q, W_TYPE, STOCHASTIC, ROUNDS)
             tl.store(W_addresses, new, mask=inside)
 
-    if not GIVEN:
+    if SWEEPS:
         size_of_row = next_rows(
             matrices, matrix, C, L, sums, A_base, basis, left, gain, ranks, cols, r_block, q, on,
             R, BLOCK_R, BLOCK_Q, L_IN_STATE, ALIGNED, LEFT_PRECISION,

@@ -27,7 +27,8 @@ def turns_of(buckets: Sequence[Bucket], hyper: Hyperparameters) -> Iterator[tupl
     sketched = isinstance(hyper, AdamHyperparameters) and hyper.spectral_clipping is not None
 
     def scratch(bucket: Bucket) -> int:
-        return table.scratch_bytes(bucket.view, bucket.state["m_B"][0].dtype, sketched=sketched)
+        dtype = bucket.state["m_B"][0].dtype
+        return table.scratch_bytes(bucket.view, dtype, sketched=sketched, sweeps=bucket.sweeps)
 
     high = buckets[0].view.rank > table.KERNEL_RANK
     for turn in turns(buckets, scratch, table.high_rank_limit if high else table.scratch_limit):
@@ -72,9 +73,11 @@ class SubspaceStep(Step):
         self.blocks = table.blocks(table.PROJECT, self.r, self.G_dtype.itemsize)
         self.update_blocks = table.blocks(table.UPDATE, self.r, max(self.G_dtype.itemsize, self.W_dtype.itemsize))
         self.by_torch = self.r > table.KERNEL_RANK
+        self.sweeps = buckets[0].sweeps
         # m_B's place takes X, and m_A's takes L, where they can: nobody else needs them any more.
-        self.X_in_state = self.S_dtype == torch.float32
-        self.L_in_state = self.X_in_state and self.update_blocks.rank >= self.r
+        narrow = self.S_dtype != torch.float32
+        self.X_in_state = self.sweeps and not narrow  # else m_B holds the new one
+        self.L_in_state = not self.sweeps or (not narrow and self.update_blocks.rank >= self.r)
         p = self.matrices.p
         self.U = self._empty(self.matrices.left)
         self.X = self.U if self.X_in_state or self.by_torch else self._empty(self.matrices.left)
@@ -84,7 +87,8 @@ class SubspaceStep(Step):
         self.squares = self._empty(self.n)  # sums of G^2, after `read`
         self.surprises = self._empty(self.n)
         self.sketches = self.surprises  # where nobody asks for them
-        self.T, self.triangles, self.lower = (self._squares(0 if self.by_torch else self.n) for _ in range(3))
+        squares = 0 if self.by_torch or not self.sweeps else self.n
+        self.T, self.triangles, self.lower = (self._squares(squares) for _ in range(3))
         self.project_rows = self._work(p, self.blocks.rows)
         self.project_parts = math.ceil(self.r / self.blocks.rank)
         self.parts = self._empty(self.project_rows.tiles * self.project_parts * elements.PART.value)
@@ -106,6 +110,11 @@ class SubspaceStep(Step):
         """Everything else; nothing changes where ``enabled`` (0-d bool, on the device) is False."""
         with on_device_of(self.buckets):
             self._mask(enabled)
+            if not self.sweeps:
+                self._keep_basis()
+                self._update(None)
+                self._advance_v_row()
+                return
             C = self._carried(self._left_basis())
             self._update(C)
             self._right_basis()
@@ -193,9 +202,41 @@ class SubspaceStep(Step):
         )
         return C
 
-    def _update(self, C: Tensor) -> None:
-        """Write W and L, and the size of L's rows to `sizes`."""
+    def _update(self, C: Tensor | None) -> None:
+        """Write W and, with ``C``, L and the size of L's rows to `sizes`."""
         raise NotImplementedError
+
+    def _keep_basis(self) -> None:
+        """X, and m_B one step on."""
+        block = table.finish_blocks(self.r)
+        work = self._work(self.matrices.p, block.rows)
+        bases.keep_basis[(work.programs,)](
+            self.matrices.table,
+            work.items,
+            self.coefficients,
+            self.U,
+            self.X,
+            self.decay,
+            self.gain,
+            S_TYPE=TYPES[self.S_dtype],
+            R=self.r,
+            BLOCK_R=table.padded(self.r),
+            BLOCK=block.rows,
+            **table.launch(block),
+        )
+
+    def _advance_v_row(self) -> None:
+        if "v_row" in self.buckets[0].state:
+            work = self._work(self.matrices.p, table.CHUNK)
+            bases.advance_v_row[(work.programs,)](
+                self.matrices.table,
+                work.items,
+                self.coefficients,
+                self.row_sums,
+                self.beta2,
+                S_TYPE=TYPES[self.S_dtype],
+                BLOCK=table.CHUNK,
+            )
 
     def _finish(self) -> None:
         block = table.finish_blocks(self.r)

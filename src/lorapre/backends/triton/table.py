@@ -216,16 +216,20 @@ def finish_blocks(rank: int) -> Blocks:
     return Blocks(64, 64, 64, 4, 1)
 
 
-def scratch_bytes(view: MatrixView, state_dtype: torch.dtype, *, sketched: bool = False) -> int:
+def scratch_bytes(view: MatrixView, state_dtype: torch.dtype, *, sketched: bool = False, sweeps: bool = True) -> int:
     """Scratch of one parameter's matrices: K, twice more factors where the state is narrow or split, and r x r.
 
-    With ``sketched`` also what spectral clipping takes. At high ranks there is `high_rank_bytes` besides.
+    With ``sketched`` also what spectral clipping takes. Without ``sweeps`` G A^T and X are all that is kept. At high
+    ranks there is `high_rank_bytes` besides.
     """
     p, q, r = view.p, view.q, view.rank
     if r > KERNEL_RANK:
         left, right = (lines(side) for side in (p, q))
         factors = r * (left + max(left, right))
         return 4 * view.batch * (factors + 9 * r * r + p + sketched * spectral.COLUMNS * (p + r))
+    rest = p + sketched * spectral.COLUMNS * (p + r)
+    if not sweeps:
+        return 4 * view.batch * (2 * p * r + rest)
     factors = p * r
     if state_dtype != torch.float32:
         factors += (p + q) * r
@@ -233,7 +237,7 @@ def scratch_bytes(view: MatrixView, state_dtype: torch.dtype, *, sketched: bool 
         factors += q * r
     chunk = chunk_rows(r)
     squares = 4 + max(1, math.ceil(max(p, q) / chunk))
-    return 4 * view.batch * (factors + squares * r * r + p + sketched * spectral.COLUMNS * (p + r))
+    return 4 * view.batch * (factors + squares * r * r + rest)
 
 
 def high_rank_batch(view: MatrixView) -> int:
