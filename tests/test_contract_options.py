@@ -217,6 +217,7 @@ OWN: dict[Kind, dict[str, Any]] = {
         "bounded": False,
         "update_clipping": True,
         "spectral_clipping": 0.01,
+        "sweep_interval": 1,  # of another regression; test_exactness.py
         "backend": "eager",
         "scale": 0.5,
     },
@@ -254,7 +255,7 @@ def test_every_option_may_be_set_in_a_group_and_matters(kind: Kind) -> None:
     by_options = trained({}, **{key: value for key, value in values.items() if key != "compress"})
     assert_same_bits(snapshot(in_group), snapshot(by_options))
     # and each of them reaches the step: left at its default, it gives another result
-    unseen = {"nonfinite", "capturable", "compress", "backend"}  # by finite gradients on a CPU
+    unseen = {"nonfinite", "capturable", "compress", "backend", "sweep_interval"}  # by finite gradients on a CPU
     # the bound and the clipping are met by other gradients, in test_contract_gradients.py
     for key in values.keys() - unseen - {"bounded", "update_clipping"}:
         changed = {**values, key: inspect.signature(kind.cls).parameters[key].default}
@@ -298,6 +299,7 @@ def test_a_preset_pins_every_option_that_the_paper_has_a_value_for(kind: Kind) -
     # what is left to the defaults means nothing here, or is nobody's choice but the user's
     free = {"params", "lr", "rank", "second_moment_rank", "view_3d", "state_dtype", "seed", "maximize", "capturable"}
     free |= {"stochastic_rounding", "nonfinite", "compress", "backend", "eps", "betas", "ns_steps", "ns_dtype", "scale"}
+    free.add("sweep_interval")
     assert set(group) <= free | set(kind.options)
 
 

@@ -105,6 +105,9 @@ def error_inputs_of(cls: type[torch.optim.Optimizer], device: Any, dtype: torch.
         table.append(refused({"eps": -1}, "Invalid eps value: -1"))
     if cls is LoRAPreAdamW:
         table.append(refused({"spectral_clipping": 0.0}, "Invalid spectral_clipping: 0.0"))
+        table.append(refused({"sweep_interval": 0}, "Invalid sweep_interval: 0"))
+        table.append(refused({"sweep_interval": 2, "regression": "newton"}, "means nothing with regression='newton'"))
+        table.append(refused({"sweep_interval": 2, "capturable": True}, "cannot work with capturable=True"))
     if cls in (LoRAPreSGD, LoRAPreMuon):
         table.append(refused({"momentum": -0.5}, "Invalid momentum value: -0.5"))
     return get_error_inputs_for_all_optims(device, dtype) + table
@@ -510,6 +513,8 @@ class TestOnTorchsBench(TestCase):
         elsewhere = {"view_3d", "state_dtype", "seed", "compress", "stochastic_rounding"}
         if optim_info.optim_cls in (LoRAPreAdamW, LoRAPreMuon):
             elsewhere.add("backend")  # test_triton_dispatch.py, test_triton_muon.py
+        if optim_info.optim_cls is LoRAPreAdamW:
+            elsewhere.add("sweep_interval")  # test_exactness.py: it goes with no graph
         used = {key for given in optim_info.optim_inputs_func(device=device) for key in given.kwargs}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

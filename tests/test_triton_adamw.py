@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -169,6 +169,7 @@ def test_the_step_is_that_of_the_formulas(case: Case, device: torch.device) -> N
         Case("wide", ((40, 101), (40, 101)), rank=16, options={"capturable": True}),
         Case("transposed", ((70, 50),), rank=20, transposed_weights=True, transposed_grads=True),
         Case("full v", ((70, 50),), rank=37, options=CLIPPED, transposed_weights=True),
+        Case("sweeping once", ((70, 90),), rank=37, options={"sweep_interval": 9, "spectral_clipping": 0.1}),
         Case("spectrum clipped", ((70, 90),), rank=37, options={"spectral_clipping": 0.1}, transposed_grads=True),
     ],
     ids=lambda case: case.name,
@@ -243,6 +244,39 @@ def test_a_bfloat16_state_is_rounded_to_nearest(
         assert ours[key].dtype == torch.bfloat16
         assert (ours[key] != theirs[key]).float().mean() < 0.02, key
         assert_close(ours[key], theirs[key], 1e-3, key)
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16])
+def test_between_sweeps_a_narrow_matrix_moves_as_in_batched_torch(
+    state_dtype: torch.dtype | None, device: torch.device
+) -> None:
+    options = {"sweep_interval": 3, "state_dtype": state_dtype, "spectral_clipping": 0.5}
+    optimizer, expected = both(((24, 30), (30, 24)), torch.bfloat16, device, **options)
+    for step in range(3):
+        grads = [next(gradients(shape, 1, seed=step)).bfloat16() for shape in ((24, 30), (30, 24))]
+        bases = [optimizer.state[param]["m_A"].clone() for param in params_of(optimizer)]
+        for each in (optimizer, expected):
+            set_grads(params_of(each), grads)
+            each.step()
+        for ours, theirs, basis in zip(params_of(optimizer), params_of(expected), bases, strict=True):
+            assert torch.equal(optimizer.state[ours]["m_A"], basis) == (step > 0)
+            assert_close(ours.float(), theirs.float(), 1e-2)
+            for key, tolerance in (("m_B", 1e-2), ("v_row", 1e-2), ("v_col", 1e-2)):
+                assert_close(optimizer.state[ours][key].float(), expected.state[theirs][key].float(), tolerance, key)
+
+
+def test_nothing_changes_between_sweeps_where_the_step_is_not_enabled(device: torch.device) -> None:
+    options = {"nonfinite": "skip", "weight_decay": 0.5, "sweep_interval": 9, "update_clipping": True}
+    optimizer, _ = both(PAIR, torch.float32, device, **options)
+    for _ in range(2):  # what is left out must be a step that does not sweep
+        set_grads(params_of(optimizer), [next(gradients(shape, 1, seed=i)) for i, shape in enumerate(PAIR)])
+        optimizer.step()
+    assert not optimizer.last[0].sweeps
+    before = snapshot(optimizer)
+    bucket, _ = optimizer.last
+    off = replace(bucket, step=bucket.step + 1, enabled=torch.tensor(False, device=bucket.params[0].device))
+    optimizer.step_buckets([off], optimizer.param_groups[0])
+    assert_same_bits(snapshot(optimizer), before)
 
 
 @pytest.mark.parametrize("second_moment", ["rank1", "full"])

@@ -287,8 +287,10 @@ for target, rank, kind, narrow, precision in (
     block = table.finish_blocks(rank)
     build(bases.finish, target, block, BLOCK_R=whole, BLOCK=block.rows, OUT=block.cols, INNER=block.rank, S_TYPE=kind,
           L_IN_STATE=not narrow, V_ROWS=not narrow, PRECISION=precision, **R)
+    build(bases.keep_basis, target, block, BLOCK_R=whole, BLOCK=block.rows, S_TYPE=kind, **R)
+    build(bases.advance_v_row, target, BLOCK=table.CHUNK, S_TYPE=kind)
     block = table.blocks(table.PROJECT, rank, size)
-    tile = dict(R, BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=True, CLIP=True, BF16=narrow,
+    tile = dict(R, BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=True, CLIP=True,
                 FULL=narrow, V_ORDER=2)
     build(first_pass.project, target, block, G_TYPE=kind, S_TYPE=kind, ORDER=1, SPECTRAL=not narrow,
           PRECISION=precision, **tile)
@@ -303,14 +305,15 @@ for target, rank, kind, narrow, precision in (
     columns = table.blocked_cholesky_blocks()
     build(blocked_cholesky.decompose, target, columns, doubles=("S", "T") if narrow else (), BLOCK=columns.rows)
     made = build(second_pass.update, target, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, GIVEN=False,
-                 RELATIVE=True, BOUNDED=True, STOCHASTIC=narrow, ROUNDS=7, X_IN_STATE=True, L_IN_STATE=not narrow,
-                 W_ORDER=1, G_ORDER=2, MOMENTUM_PRECISION=precision, LEFT_PRECISION=precision, **tile)
+                 SWEEPS=narrow, RELATIVE=True, BOUNDED=True, STOCHASTIC=narrow, ROUNDS=7, X_IN_STATE=True,
+                 L_IN_STATE=not narrow, W_ORDER=1, G_ORDER=2, MOMENTUM_PRECISION=precision,
+                 LEFT_PRECISION=precision, **tile)
     print(*sorted(made.asm.keys() & {"cubin", "hsaco"}), made.metadata.shared <= 227 * 1024)
 
 # No product may still read shared memory when it is filled for the turn after the next.
 block = table.blocks(table.PROJECT, 64, 4)
 made = build(first_pass.project, GPUTarget("cuda", 90, 32), block, G_TYPE=tl.float32, S_TYPE=tl.float32, R=64, ORDER=1,
-             BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=False, CLIP=True, BF16=False,
+             BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=False, CLIP=True,
              SPECTRAL=True, FULL=False, V_ORDER=0, PRECISION="tf32")
 print(sorted(set(re.findall(r"warp_group_dot_wait .*pendings = ([0-9]+)", made.asm["ttgir"]))))
 """

@@ -165,7 +165,6 @@ class AdamStep(SubspaceStep):
             W_ORDER=W_order,
             G_ORDER=G_order,
             V_ORDER=V_order,
-            BF16=self._narrow and given is None,
             MOMENTUM_PRECISION=table.PRECISION["momentum"],
             LEFT_PRECISION=table.PRECISION["left"],
             **table.launch(block),

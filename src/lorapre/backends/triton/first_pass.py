@@ -68,7 +68,6 @@ def project(
     FULL: tl.constexpr,
     ORDER: tl.constexpr,
     V_ORDER: tl.constexpr,
-    BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Pass 1 over G, a program a block of rows: G A^T to ``U``. It changes no state: G may turn out not to be finite.
@@ -127,10 +126,7 @@ def project(
         if NEGATE:
             g = -g
         wide = g.to(tl.float32)
-        if BF16:
-            total = tl.dot(g, tl.trans(a.to(tl.bfloat16)), total)
-        else:
-            total = tl.dot(wide, tl.trans(a), total, input_precision=PRECISION)
+        total = tl.dot(wide, tl.trans(a), total, input_precision=PRECISION)
         square = wide * wide
         squares += square
         if FULL:
@@ -151,7 +147,7 @@ def project(
                 v_hat = v_row[:, None] * v_col[None, :] + fresh * square
             ratio = wide * tl.rsqrt(tl.where(v_hat > 0, v_hat, 1.0))
             surprise += tl.where(v_hat > 0, ratio * ratio, 0.0)
-        if BF16 or G_TYPE == tl.float32:  # noqa: SIM300 (no constant)
+        if G_TYPE == tl.float32:  # noqa: SIM300 (no constant)
             # G is an operand as it lies in shared memory. A use of the sum in every turn, of no instruction, has the
             # product waited for before what it reads is filled again: of a load that is an operand and more, Triton 3.6
             # keeps one buffer too few (its issue 6691).

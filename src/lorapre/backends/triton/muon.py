@@ -128,7 +128,6 @@ class MuonStep(SubspaceStep):
             X_IN_STATE=self.X_in_state,
             L_IN_STATE=self.L_in_state,
             ORDER=batch.orders[1],
-            BF16=self._narrow,
             MOMENTUM_PRECISION=table.PRECISION["momentum"],
             LEFT_PRECISION=table.PRECISION["left"],
             **table.launch(block),

@@ -86,7 +86,6 @@ def momentum(
     X_IN_STATE: tl.constexpr,
     L_IN_STATE: tl.constexpr,
     ORDER: tl.constexpr,
-    BF16: tl.constexpr,
     MOMENTUM_PRECISION: tl.constexpr,
     LEFT_PRECISION: tl.constexpr,
 ):
@@ -147,14 +146,9 @@ def momentum(
             mask=(ranks < R)[:, None] & (rows < U_column)[None, :],
             other=0.0,
         )
-        if BF16:
-            left = tl.dot(tl.trans(raw), tl.trans((sign * u).to(tl.bfloat16)), left)
-        else:
-            left = tl.dot(tl.trans(g), tl.trans(u), left, input_precision=LEFT_PRECISION)
+        left = tl.dot(tl.trans(g), tl.trans(u), left, input_precision=LEFT_PRECISION)
         if (R_BLOCKS == 1) | (r_block == 0):
-            inside = tracked(
-                X_base, A_base, basis, rows, cols, p, q, R, BLOCK_R, BLOCK_P, BLOCK_Q, BF16, MOMENTUM_PRECISION
-            )
+            inside = tracked(X_base, A_base, basis, rows, cols, p, q, R, BLOCK_R, BLOCK_P, BLOCK_Q, MOMENTUM_PRECISION)
             m = (outside * g + tl.trans(inside)) * scale
             squares += m * m
             tl.store(

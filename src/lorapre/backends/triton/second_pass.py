@@ -67,7 +67,6 @@ def tracked(
     BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    BF16: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """X A of these rows and columns, transposed; ``basis`` is A in these columns where its ranks are one block."""
@@ -84,10 +83,7 @@ def tracked(
             ).to(tl.float32)
         else:
             a = basis
-        if BF16:
-            momentum = tl.dot(tl.trans(a.to(tl.bfloat16)), tl.trans(x.to(tl.bfloat16)), momentum)
-        else:
-            momentum = tl.dot(tl.trans(a), tl.trans(x), momentum, input_precision=PRECISION)
+        momentum = tl.dot(tl.trans(a), tl.trans(x), momentum, input_precision=PRECISION)
     return momentum
 
 
@@ -190,7 +186,6 @@ def update(
     W_ORDER: tl.constexpr,
     G_ORDER: tl.constexpr,
     V_ORDER: tl.constexpr,
-    BF16: tl.constexpr,
     MOMENTUM_PRECISION: tl.constexpr,
     LEFT_PRECISION: tl.constexpr,
 ):
@@ -324,18 +319,15 @@ def update(
                 mask=(ranks < R)[:, None] & (rows < U_column)[None, :],
                 other=0.0,
             )
-            if BF16:
-                left = tl.dot(tl.trans(raw), tl.trans((sign * u).to(tl.bfloat16)), left)
-            else:
-                # With a factor, whatever it is, the product has G from registers. From shared memory it would have to
-                # lie there transposed, written number by number, with eight of a warp's numbers in one bank.
-                left = tl.dot(tl.trans(sign * g), tl.trans(u), left, input_precision=LEFT_PRECISION)
+            # With a factor, whatever it is, the product has G from registers. From shared memory it would have to lie
+            # there transposed, written number by number, with eight of a warp's numbers in one bank.
+            left = tl.dot(tl.trans(sign * g), tl.trans(u), left, input_precision=LEFT_PRECISION)
         if (R_BLOCKS == 1) | (r_block == 0):
             if GIVEN:
                 m = signed * g + tl.load(U_base + (rows[:, None] * width + cols[None, :]), mask=inside, other=0.0)
             else:
                 momentum = tracked(
-                    X_base, A_base, basis, rows, cols, p, q, R, BLOCK_R, BLOCK_P, BLOCK_Q, BF16, MOMENTUM_PRECISION
+                    X_base, A_base, basis, rows, cols, p, q, R, BLOCK_R, BLOCK_P, BLOCK_Q, MOMENTUM_PRECISION
                 )
                 m = signed * g + tl.trans(momentum)
             if FULL:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -152,7 +151,6 @@ class SubspaceStep(Step):
                 **self._gathered,
                 ORDER=order,
                 V_ORDER=V_order,
-                BF16=self._narrow,
                 PRECISION=table.PRECISION["project"],
                 **table.launch(block),
             )
@@ -264,10 +262,6 @@ class SubspaceStep(Step):
             PRECISION=table.PRECISION["bases"],
             **table.launch(block),
         )
-
-    @cached_property
-    def _narrow(self) -> bool:
-        return table.BF16_DOT and self.G_dtype == torch.bfloat16
 
 
 class _Side:

@@ -54,9 +54,6 @@ PRECISION: dict[str, str] = {
 #: of float64's, and the momentum as near to the true average; "bf16x2" within 0.005 %, "bf16" within 1.5 %.
 NEWTON_PRECISION: dict[str, str] = {"newton": "tf32", "newton_bf16": "bf16x2", "moments": "tf32", "squares": "tf32x3"}
 
-#: Whether bfloat16 gradients are multiplied as they are, by factors rounded to bfloat16, instead of as float32.
-BF16_DOT = False
-
 #: Numbers that one program of an element-wise kernel takes.
 ELEMENTS = 2048
 
@@ -111,12 +108,13 @@ PROJECT: tuple[tuple[int, int, Blocks], ...] = (
     (MAX_RANK, 4, Blocks(64, 32, 256, 8, 3)),
 )
 
-#: A program keeps ``cols`` columns of U^T G and of A and walks over the rows of G and W. Chosen by the compiler's count
-#: of registers, so that nothing is spilled up to rank 64 and several programs share a processor: three up to rank 32.
+#: A program keeps ``cols`` columns of U^T G and of A and walks over the rows of G and W. Few rows at once: what counts
+#: is how many programs share a processor, three or four up to rank 64. 8 warps with 128 columns are as fast up to 64.
 UPDATE: tuple[tuple[int, int, Blocks], ...] = (
-    (32, 4, Blocks(16, 64, 128, 4, 3, 168)),
-    (64, 4, Blocks(32, 64, 128, 4, 3)),
-    (MAX_RANK, 4, Blocks(64, 64, 128, 8, 2)),
+    (32, 4, Blocks(16, 64, 128, 4, 3, 128)),
+    (64, 2, Blocks(16, 64, 128, 4, 3, 168)),
+    (64, 4, Blocks(16, 64, 128, 4, 3, 128)),
+    (MAX_RANK, 4, Blocks(16, 64, 128, 4, 3, 255)),
 )
 
 
