@@ -127,6 +127,9 @@ MAIN = Profile(
         _adam(4.0, "1/4", "+second_moment=full"): (4e-3,),
         _adam(4.0, "1/4", "+second_moment=hadamard"): (4e-3,),
         _adam(4.0, "1/4", "+state_dtype=bfloat16"): (4e-3,),
+        _adam(4.0, "1/4", "+sweep_interval=4", spectral=3.0): (4e-3,),
+        _adam(4.0, "1/32", "+sweep_interval=4", spectral=3.0): (2e-3,),
+        _adam(4.0, "1/4", "+sweep_interval=16", spectral=3.0): (4e-3,),
     },
     finalists=FINALISTS,
     long=FINALISTS,
@@ -162,17 +165,16 @@ VARIANTS = Profile(
         _loose(1.0, "1/4") + DECAYING: ADAM_RATES[:2],
         _adam(4.0, "1/32"): ADAM_RATES[:2],
         _adam(4.0, "1/4"): ADAM_RATES[1:],
-        # The residual scaled by norms, and bases that move now and then only.
-        **{
-            _adam(gain, rank) + AS + "fira-scaled": ADAM_RATES[:2] if rank == "1/32" else ADAM_RATES[1:]
-            for gain in (1.0, 4.0)
-            for rank in ("1/32", "1/4")
-        },
-        **{
-            _adam(4.0, rank) + AS + f"sweeps-every-{every}": ADAM_RATES[:2] if rank == "1/32" else ADAM_RATES[1:]
-            for every in (4, 16)
-            for rank in ("1/32", "1/4")
-        },
+        # The residual scaled by norms.
+        _adam(1.0, "1/32") + AS + "fira-scaled": ADAM_RATES[:2],
+        _adam(4.0, "1/32") + AS + "fira-scaled": ADAM_RATES[:2],
+        _adam(1.0, "1/4") + AS + "fira-scaled": ADAM_RATES[1:],
+        _adam(4.0, "1/4") + AS + "fira-scaled": ADAM_RATES[1:],
+        # Bases that move now and then.
+        _adam(4.0, "1/32", "+sweep_interval=4"): ADAM_RATES[:2],
+        _adam(4.0, "1/32", "+sweep_interval=16"): ADAM_RATES[:2],
+        _adam(4.0, "1/4", "+sweep_interval=4"): ADAM_RATES[1:],
+        _adam(4.0, "1/4", "+sweep_interval=16"): ADAM_RATES[1:],
         # Other state.
         _adam(4.0, "1/32", "+second_moment=full"): ADAM_RATES[1:],
         _adam(4.0, "1/32", "+second_moment=hadamard"): ADAM_RATES[1:],

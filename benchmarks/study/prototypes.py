@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from lorapre import LoRAPreAdamW, factors
 from lorapre.backends.batches import Piece
 from lorapre.backends.eager import AdamHyperparameters
 from lorapre.backends.opened import Opened
-from lorapre.factors import Regressor
-from lorapre.optim.base import Group, Work
+from lorapre.optim.base import Work
 
 #: Growth of the residual's norm from one step to the next at most (Fira's gamma, arXiv 2410.01623).
 MOST_GROWTH = 1.01
@@ -83,51 +79,7 @@ def _norm(X: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(X, dim=dim, keepdim=True)
 
 
-@dataclass(frozen=True)
-class _OldBasis(Regressor):
-    """Keeps the row space of M: the left factor becomes the exact projection of decay M + gain G on it."""
-
-    def advance(self, B: Tensor, A: Tensor, G: Tensor, left: Tensor, **weights: Any) -> tuple[Tensor, Tensor]:
-        return B * weights["decay"] + left * weights["gain"], A
-
-
-class _OccasionalSweeps(LoRAPreAdamW):
-    """The bases of the factors move in every k-th step only; in the steps between, the left factor alone does."""
-
-    every: int
-
-    def __init__(self, params: ParamsT, **options: Any) -> None:
-        super().__init__(params, **{**options, "backend": "eager"})  # the kernels have a regression of their own
-        self._steps = 0
-
-    def _open(self, work: Work) -> Opened:
-        opened = super()._open(work)
-        self._steps += 1
-        return opened
-
-    def _hyperparameters(self, group: Group, device: torch.device) -> AdamHyperparameters:
-        hyper = super()._hyperparameters(group, device)
-        if self._steps % self.every == 0:  # the first step is one: a random basis tracks nothing
-            return hyper
-        old = hyper.regressor
-        return replace(hyper, regressor=_OldBasis(old.regression, old.damping, old.damping_mode))
-
-
-class SweepsEvery4(_OccasionalSweeps):
-    """Every fourth."""
-
-    every = 4
-
-
-class SweepsEvery16(_OccasionalSweeps):
-    """Every sixteenth."""
-
-    every = 16
-
-
 #: By the names that `study.profiles.prototype` gives contestants.
 PROTOTYPES: Mapping[str, type[LoRAPreAdamW]] = {
     "fira-scaled": FiraScaled,
-    "sweeps-every-4": SweepsEvery4,
-    "sweeps-every-16": SweepsEvery16,
 }

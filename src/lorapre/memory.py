@@ -153,7 +153,9 @@ class _KernelScratch:
             each = table.newton_scratch_bytes(view, view.rank if rank is None else with_rank(view, rank).rank)
         else:
             sketched = group.get("spectral_clipping") is not None
-            each = table.scratch_bytes(view, optimizer._state_dtype(param, group), sketched=sketched)
+            dtype = optimizer._state_dtype(param, group)
+            kinds = (True,) if group.get("sweep_interval", 1) == 1 else (True, False)
+            each = max(table.scratch_bytes(view, dtype, sketched=sketched, sweeps=sweeps) for sweeps in kinds)
             if view.rank > table.KERNEL_RANK:
                 self.high, self.at_once = True, max(self.at_once, table.high_rank_bytes(view))
         self.weights += param.numel() * param.element_size()

@@ -14,7 +14,7 @@ from lorapre import LoRAPreAdamW
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from study.prototypes import MOST_GROWTH, PROTOTYPES, FiraScaled
+from study.prototypes import MOST_GROWTH, FiraScaled
 
 P, Q, RANK = 12, 20, 3
 
@@ -65,17 +65,3 @@ def test_fira_scales_the_residual_by_the_ratio_of_column_norms_and_limits_its_gr
             expected = expected * (MOST_GROWTH * norm / expected.norm())
         norm = expected.norm()
         torch.testing.assert_close(whole, (tracked + gain * expected) / gain, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("every", [4, 16])
-def test_between_sweeps_the_momentum_is_the_projection_on_the_old_basis(every: int) -> None:
-    grads = gradients(every + 1)
-    updates, states = stepped(PROTOTYPES[f"sweeps-every-{every}"], grads)
-    first, _ = stepped(LoRAPreAdamW, grads[:1])
-    torch.testing.assert_close(updates[0], first[0], rtol=0, atol=0)
-    for number in range(1, every):
-        before, after = states[number - 1], states[number]
-        assert torch.equal(before["m_A"], after["m_A"])
-        momentum = (0.9 * before["m_B"] @ before["m_A"] + 0.1 * grads[number]) @ after["m_A"].mT
-        torch.testing.assert_close(after["m_B"], momentum, rtol=1e-9, atol=1e-12)
-    assert not torch.equal(states[every]["m_A"], states[every - 1]["m_A"])
