@@ -22,6 +22,9 @@ LR = 1e-5
 #: Steps between two projections of GaLore, Fira and APOLLO in the lab's registry.
 GAP = 200
 
+#: Of sweeps, besides every step.
+INTERVALS = (4, 16)
+
 Make = Callable[[nn.Module, "int | None"], Optimizer]
 
 
@@ -39,6 +42,7 @@ class Contestant:
         ours: a failure is an error of this library.
         rare: "svd" or "projection", what it does every `GAP` steps; None if all steps are alike.
         captured: its step is captured in a CUDA graph and replayed.
+        period: steps that are timed as one, of which the mean counts; above 1 where they are not alike.
         package: the distribution that it comes from; None for torch and this one.
     """
 
@@ -51,6 +55,7 @@ class Contestant:
     ours: bool = False
     rare: str | None = None
     captured: bool = False
+    period: int = 1
     package: str | None = None
 
     def check_installed(self) -> None:
@@ -114,6 +119,17 @@ def _adamw(backend: str) -> Contestant:
     )
 
 
+def _sweeping(interval: int, backend: str) -> Contestant:
+    return _lorapre(
+        f"sweeps-{interval}",
+        _titled(f"LoRAPreAdamW, a sweep in {interval} steps", backend),
+        lambda groups, rank: LoRAPreAdamW(groups, LR, rank, sweep_interval=interval, backend=backend),  # type: ignore[arg-type]
+        costs.sweeping(interval),
+        first=True,
+        period=interval,
+    )
+
+
 def _graph(backend: str) -> Contestant:
     return _lorapre(
         "graph",
@@ -139,6 +155,7 @@ def contestants(backends: tuple[str, ...] = ("auto",)) -> list[Contestant]:
     sgd = lambda module, rank: torch.optim.SGD(module.parameters(), LR, fused=True)  # noqa: E731
     return [
         *(_adamw(backend) for backend in backends),
+        *(_sweeping(interval, backend) for interval in INTERVALS for backend in backends),
         *(_graph(backend) for backend in backends),
         Contestant("adamw-foreach", "AdamW, foreach", foreach, costs.adamw),
         Contestant("sgd", "SGD, fused", sgd, costs.sgd),

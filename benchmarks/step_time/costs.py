@@ -65,6 +65,17 @@ def lorapre_adamw(p: int, q: int, r: int, w: int) -> Cost:
     return Cost(4 * w * p * q + 2 * _STATE * (p + q) * (r + 1), 6 * p * q * r)
 
 
+def sweeping(interval: int) -> CostOf:
+    """`lorapre_adamw` that sweeps once in ``interval`` steps: else no product U^T G, and m_A is not written."""
+
+    def cost_of(p: int, q: int, r: int, w: int) -> Cost:
+        every = lorapre_adamw(p, q, r, w)
+        spared = 1 - 1 / interval
+        return Cost(every.bytes_moved - spared * _STATE * q * r, every.flops - spared * 2 * p * q * r)
+
+    return cost_of
+
+
 def lorapre_adamw_paper(p: int, q: int, r: int, w: int) -> Cost:
     """Read W, G, write W (all regressions read the old factors); read and write the factors of m and v.
 

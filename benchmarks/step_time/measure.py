@@ -66,7 +66,8 @@ class Bench:
                 row = self._timed(contestant.title, rank, contestant.cost, graph.replay, optimizer.step)
                 row = replace(row, extra_bytes=extra, same_bits=same)
             else:
-                row = self._timed(contestant.title, rank, contestant.cost, optimizer.step, optimizer.step)
+                step = cycle(optimizer.step, contestant.period)
+                row = self._timed(contestant.title, rank, contestant.cost, step, step, contestant.period)
         if contestant.rare is not None:
             row = self._amortised(row, contestant)
         if self.device.type != "cpu" and row.extra_bytes is None:
@@ -80,7 +81,9 @@ class Bench:
         cost_of: costs.CostOf,
         step: Callable[[], object],
         launched: Callable[[], object],
+        period: int = 1,
     ) -> StepRow:
+        """The row of a ``step`` that is ``period`` of the optimizer's."""
         effort = self.effort
         ours, theirs = in_turn(
             step,
@@ -90,7 +93,7 @@ class Bench:
             seconds=effort.seconds,
             device=self.device,
         )
-        own = middle(ours)
+        own = middle(ours) / period
         ratio = 1.0 if title == REFERENCE else own / middle(theirs)
         on_gpu = self.device.type != "cpu"
         extra, seen = (extra_peak(launched), launches(step)) if on_gpu else (None, None)
@@ -104,9 +107,9 @@ class Bench:
             step_ms=own,
             ratio_to_fused_adamw=ratio,
             extra_bytes=extra,
-            launches=None if seen is None else seen.launches,
+            launches=None if seen is None else round(seen.launches / period),
             kernels=None if seen is None else seen.kernels,
-            copies=None if seen is None else seen.copies,
+            copies=None if seen is None else round(seen.copies / period),
             layers=self.layers,
             parameter_bytes=sum(param.numel() * param.element_size() for param in self.module.parameters()),
             bytes_moved=cost.bytes_moved,
@@ -128,6 +131,18 @@ class Bench:
             device=self.device,
         )
         return amortised(row, Amortised(row.step_ms, rare), measured, self.limits)
+
+
+def cycle(step: Callable[[], object], period: int) -> Callable[[], object]:
+    """``period`` steps as one."""
+    if period == 1:
+        return step
+
+    def steps() -> None:
+        for _ in range(period):
+            step()
+
+    return steps
 
 
 def amortised(row: StepRow, mean: Amortised, measured: int, limits: Limits) -> StepRow:

@@ -18,7 +18,7 @@ from lorapre.lab.errors import UserError
 from lorapre.lab.models import LLAMAS, resolve_model
 from step_time.clock import each_step, in_turn, middle
 from step_time.contestants import REFERENCE, Contestant, reference
-from step_time.measure import WARM_UP, Effort, said, today
+from step_time.measure import WARM_UP, Effort, cycle, said, today
 from step_time.rare import Amortised, rare_ms, without_svd
 from step_time.rows import TrainingRow
 
@@ -108,7 +108,9 @@ class TrainingBench:
             self.step(optimizer, self.tokens)
 
         with said() as notes:
-            found, others = self._in_turn(ours, theirs, svd=contestant.rare == "svd")
+            step = cycle(ours, contestant.period)
+            found, others = self._in_turn(step, theirs, svd=contestant.rare == "svd")
+            found /= contestant.period
         rare = 0.0 if contestant.rare is None else self.known_rare_ms(self.name, contestant.title, rank)
         if rare is None:
             layers = LLAMAS[self.name].layers
