@@ -162,8 +162,8 @@ class _KernelScratch:
         self.factors += each
         self.largest = max(self.largest, each)
         if isinstance(optimizer, LoRAPreMuon):
-            dtype = optimizer._hyperparameters(group, param.device).iterates_in(param)
-            self.iterates[view, dtype or torch.float32] += 1
+            iterates = optimizer._hyperparameters(group, param.device).iterates_in(param)
+            self.iterates[view, iterates or torch.float32] += 1
 
     @property
     def peak(self) -> int:
