@@ -126,7 +126,9 @@ class EagerAdamW(TritonAdamW):
     eagerly = True
 
 
-def assert_nothing_changes_where_not_enabled(optimizer: TritonAdamW, shapes: tuple[Shape, ...]) -> None:
+def assert_nothing_changes_where_not_enabled(
+    optimizer: TritonAdamW, shapes: tuple[Shape, ...], *, sweeps: bool = True
+) -> None:
     """After a first step, of one with nan among its gradients that a mask leaves out."""
     params = params_of(optimizer)
     set_grads(params, [next(gradients(shape, 1, seed=i)) for i, shape in enumerate(shapes)])
@@ -134,7 +136,8 @@ def assert_nothing_changes_where_not_enabled(optimizer: TritonAdamW, shapes: tup
     before = snapshot(optimizer)
     params[0].grad.fill_(float("nan"))  # type: ignore[union-attr]
     bucket, _ = optimizer.last
-    off = replace(bucket, step=bucket.step + 1, enabled=torch.tensor(False, device=params[0].device))
+    enabled = torch.tensor(False, device=params[0].device)
+    off = replace(bucket, step=bucket.step + 1, sweeps=sweeps, enabled=enabled)
     optimizer.step_buckets([off], optimizer.param_groups[0])
     assert_same_bits(snapshot(optimizer), before)
 

@@ -241,6 +241,7 @@ from lorapre.backends.triton import table
 numbers = "decay gain ahead beta2 eps keep cross outside v_scale rate step limit shift weight factor".split()
 numbers += ["clipping", "sign", "floor"]
 integers = "n seed right_programs first first_given tiles row_tiles col_tiles numel start R".split()
+integers += "rows columns row_stride col_stride height width".split()
 lists = "items starts right_items left_items works".split()
 
 def build(kernel, target, blocks=None, doubles=(), **constants):
@@ -261,7 +262,7 @@ def build(kernel, target, blocks=None, doubles=(), **constants):
 """
 COMPILE = """
 import re
-from lorapre.backends.triton import bases, blocked_cholesky, cholesky, elements, first_pass, products, second_pass
+from lorapre.backends.triton import bases, blocked_cholesky, cholesky, copies, elements, first_pass, second_pass
 from lorapre.backends.triton import spectral
 
 for target, rank, kind, narrow, precision in (
@@ -285,10 +286,14 @@ for target, rank, kind, narrow, precision in (
     build(bases.apply, target, block, BLOCK_R=whole, BLOCK=block.rows, OUT=block.cols, SCALE=True, FORM=True,
           GRAM=not narrow, CARRY=False, **shared)
     block = table.finish_blocks(rank)
+    build(bases.left_factors, target, block, BLOCK_R=block.rank, BLOCK=block.rows, S_TYPE=kind, SWEEPS=narrow, **R)
     build(bases.finish, target, block, BLOCK_R=whole, BLOCK=block.rows, OUT=block.cols, INNER=block.rank, S_TYPE=kind,
           L_IN_STATE=not narrow, V_ROWS=not narrow, PRECISION=precision, **R)
-    build(bases.keep_basis, target, block, BLOCK_R=whole, BLOCK=block.rows, S_TYPE=kind, **R)
     build(bases.advance_v_row, target, BLOCK=table.CHUNK, S_TYPE=kind)
+    block = table.COPY
+    move = dict(COLUMN=2, TYPE=kind, ALIGNED=narrow, BLOCK_P=block.rows, BLOCK_Q=block.cols)
+    build(copies.gather, target, block, **move)
+    build(copies.scatter, target, block, **move)
     block = table.blocks(table.PROJECT, rank, size)
     tile = dict(R, BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=True, CLIP=True,
                 FULL=narrow, V_ORDER=2)
@@ -297,11 +302,11 @@ for target, rank, kind, narrow, precision in (
     block = table.SKETCH
     shared = dict(R, S_TYPE=kind, BLOCK_R=min(block.rank, whole), PRECISION=precision)
     build(spectral.totals, target, block, BLOCK_Q=block.cols, PARTS=2, **shared)
-    build(spectral.divide, target, block, BLOCK_P=block.rows, CLIP=True, X_IN_STATE=not narrow, **shared)
+    build(spectral.divide, target, block, BLOCK_P=block.rows, CLIP=True, X_IN_STATE=not narrow,
+          WHOLE=narrow, **shared)
     block = table.blocks(table.UPDATE, rank, size)
     tile |= dict(BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols)
     del tile["NEGATE"]
-    build(products.cut, target, BLOCK=table.ELEMENTS)
     columns = table.blocked_cholesky_blocks()
     build(blocked_cholesky.decompose, target, columns, doubles=("S", "T") if narrow else (), BLOCK=columns.rows)
     made = build(second_pass.update, target, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, GIVEN=False,

@@ -74,8 +74,8 @@ class AdamStep(SubspaceStep):
             **table.launch(block),
         )
 
-    def _divide(self) -> None:
-        """`surprises` from the sketch, too."""
+    def divide(self, *, whole: bool = False) -> None:
+        """`surprises` from the sketch, too; ``whole``: it has all of the update, over the weight of what is outside."""
         block, clipping = table.SKETCH, self.hyper.spectral_clipping
         spectral.divide[(self.n,)](
             self.matrices.table,
@@ -93,6 +93,7 @@ class AdamStep(SubspaceStep):
             BLOCK_P=block.rows,
             CLIP=self.hyper.update_clipping,
             X_IN_STATE=self.X_in_state,
+            WHOLE=whole,
             PRECISION=table.PRECISION["project"],
             **table.launch(block),
         )
@@ -100,7 +101,7 @@ class AdamStep(SubspaceStep):
     def _update(self, C: Tensor | None) -> None:
         block = self.update_blocks
         if self.spectral:
-            self._divide()
+            self.divide()
         ranks = math.ceil(self.r / block.rank)
         for orders, work in self._kinds(self.matrices.q, block.cols):
             self._launch_update(
@@ -110,7 +111,7 @@ class AdamStep(SubspaceStep):
     def update_given(self, M: Tensor, at: slice) -> None:
         """The weights, and v, of the matrices ``at`` whose momenta X A are ``M``; one launch.
 
-        ``M`` is (n, p, q), q up to the multiple of 16 of `lorapre.backends.triton.layout.lines`.
+        ``M`` is (n, p, q), both up to the multiple of 16 of `lorapre.backends.triton.layout.lines`.
         """
         block = table.given_blocks()
         work = self._work(self.matrices.q, block.cols).part([math.ceil(q / block.cols) for q in self.matrices.q], at)

@@ -232,45 +232,51 @@ def apply(
 
 
 @triton.jit
-def keep_basis(
+def left_factors(
     matrices,
     items,
     coefficients,
     U,
     X,
+    sizes,
     decay,
     gain,
     S_TYPE: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK: tl.constexpr,
+    SWEEPS: tl.constexpr,
 ):
-    """Of a step that does not sweep: X = keep B + cross G A^T of G A^T in ``U``, and m_B <- decay B + gain G A^T where
-    it is enabled.
+    """Of G A^T in ``U``: X = keep B + cross G A^T, with zeros behind its rows, and K = decay B + gain G A^T.
+
+    If SWEEPS, K takes the place of G A^T, in units of its largest element, which is in ``sizes``; else it is the next
+    m_B, where the step is enabled.
     """
-    item = tl.program_id(0)
+    R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    item = tl.program_id(0) // R_BLOCKS
     matrix = tl.load(items + item * 2).to(tl.int64)
     tile = tl.load(items + item * 2 + 1)
     p = size_of(matrices, matrix, P)
     row = coefficients + matrix * WIDTH
-    live = p * (tl.load(row + ON) != 0).to(tl.int32)
     rows = tile * BLOCK + tl.arange(0, BLOCK)
-    ranks = tl.arange(0, BLOCK_R)
+    ranks = tl.program_id(0) % R_BLOCKS * BLOCK_R + tl.arange(0, BLOCK_R)
     base, column = factor(matrices, matrix, U, p, False, False)
     B_base = base_of(matrices, matrix, B, S_TYPE)
     X_base = place_in(X, matrices, matrix, LEFT, B, False)
-    x = tl.trans(
-        tl.load(
-            base + (ranks[:, None] * column + rows[None, :]),
-            mask=(ranks < R)[:, None] & (rows < column)[None, :],
-            other=0.0,
-        )
-    )
+    U_at = base + (ranks[:, None] * column + rows[None, :])
+    U_inside = (ranks < R)[:, None] & (rows < column)[None, :]
+    x = tl.trans(tl.load(U_at, mask=U_inside, other=0.0))
     b = factor_of_rows(B_base, rows, ranks, p, R)
     at = rows[:, None] * R + ranks[None, :]
     inside = (ranks < R)[None, :]
-    tl.store(X_base + at, tl.load(row + KEEP) * b + tl.load(row + CROSS) * x, mask=(rows < p)[:, None] & inside)
-    tl.store(B_base + at, nearest(decay * b + gain * x, S_TYPE), mask=(rows < live)[:, None] & inside)
+    tl.store(X_base + at, tl.load(row + KEEP) * b + tl.load(row + CROSS) * x, mask=(rows < column)[:, None] & inside)
+    k = decay * b + gain * x
+    if SWEEPS:
+        size = tl.load(sizes + matrix)
+        tl.store(U_at, tl.trans(k / tl.where(size > 0, size, 1.0)), mask=U_inside)
+    else:
+        live = p * (tl.load(row + ON) != 0).to(tl.int32)
+        tl.store(B_base + at, nearest(k, S_TYPE), mask=(rows < live)[:, None] & inside)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lorapre.backends.triton import products, table
+from lorapre.backends.triton import table
 
 
 @triton.jit
@@ -51,18 +51,17 @@ def decompose(S, T, works, floor, start, R, BLOCK: tl.constexpr):
 
 
 def inverse_cholesky(S: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """L^-1 of S = L L^T (n, r, r), and whether there is such an L (n); ``S`` becomes L.
+    """L^-1 of S = L L^T (n, r, r), and whether there is such an L (n), 1 or 0; ``S`` becomes L.
 
     By halves: of the four blocks of S the one above gives L11 and its inverse, hence L21 = A21 L11^-T, and what is
     left of the one below, A22 - L21 L21^T, gives the rest. Only blocks on the diagonal are decomposed number by
     number, all matrices at once: what takes time there is how many columns come one after the other.
     """
-    n = len(S)
     T = torch.zeros_like(S)
-    works = torch.ones(n, dtype=torch.int32, device=S.device)
-    with products.precise("ieee"):
-        _halve(S, T, works, floor, 0, S.shape[-1])
-    return T, works != 0
+    works = torch.ones(len(S), dtype=torch.int32, device=S.device)
+    _halve(S, T, works, floor, 0, S.shape[-1])
+    S.tril_()
+    return T, works
 
 
 def _halve(S: Tensor, T: Tensor, works: Tensor, floor: float, start: int, stop: int) -> None:
@@ -74,9 +73,9 @@ def _halve(S: Tensor, T: Tensor, works: Tensor, floor: float, start: int, stop: 
     middle = start + math.ceil(blocks / 2) * block.rows
     above, below = slice(start, middle), slice(middle, stop)
     _halve(S, T, works, floor, start, middle)
-    L = torch.bmm(S[:, below, above], T[:, above, above].mT)
+    L = T[:, below, above]  # whose own place has what it is made of
+    torch.bmm(S[:, below, above], T[:, above, above].mT, out=L)
     S[:, below, above] = L
-    S[:, above, below] = 0.0
     S[:, below, below].baddbmm_(L, L.mT, alpha=-1.0)
     _halve(S, T, works, floor, middle, stop)
-    T[:, below, above].baddbmm_(T[:, below, below], torch.bmm(L, T[:, above, above]), beta=0.0, alpha=-1.0)
+    L.baddbmm_(T[:, below, below], torch.bmm(L, T[:, above, above]), beta=0.0, alpha=-1.0)

@@ -1,21 +1,36 @@
 """Orthonormal bases of the rows of factors of several shapes, as at high ranks: Cholesky QR. Imports triton.
 
 It is `lorapre.subspace.orthonormalize` with the (r, r) matrices of all shapes in one batch, their decompositions by
-`lorapre.backends.triton.blocked_cholesky`, and Gram matrices of `lorapre.backends.triton.table.GRAMS`.
+`lorapre.backends.triton.blocked_cholesky`, and Gram matrices of `lorapre.backends.triton.table.GRAMS`. Its products
+are float32's own where torch's are: see `precise`.
 
-Shapes: ``stacks`` are X (n_i, r, m_i) of one shape each; (r, r) matrices are (n, r, r), n the sum of the n_i.
+Shapes: ``stacks`` are X (n_i, r, m_i) of one shape each, with elements of moderate size, so that no square under- or
+overflows; (r, r) matrices are (n, r, r), n the sum of the n_i.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from lorapre import subspace
-from lorapre.backends.triton import products, table
+from lorapre.backends.triton import table
 from lorapre.backends.triton.blocked_cholesky import inverse_cholesky
+
+
+@contextmanager
+def precise(precision: str) -> Iterator[None]:
+    """Torch's float32 products on a GPU: by tensor cores where that is "tf32", else as they are."""
+    backend = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    backend.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
 
 
 def conditioned(stacks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -24,23 +39,29 @@ def conditioned(stacks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     Returns its Gram matrices W, in the precision of the last pass, and R.
     """
     first, *others = table.GRAMS
-    n, r = sum(len(X) for X in stacks), stacks[0].shape[1]
-    W = _empty(n, r, first, stacks[0])
-    R = torch.empty((n, r, r), dtype=torch.float32, device=W.device)
-    sizes = R.new_empty((n, 1, 1))
-    for at, X in _placed(stacks):
-        # A largest element of 1, so that no square under- or overflows.
-        size = torch.linalg.vector_norm(X, torch.inf, dim=(-2, -1), keepdim=True)
-        sizes[at] = torch.where(size > 0, size, 1.0)
-        W[at] = products.gram(X.div_(sizes[at]), first)
-    for number, precision in enumerate(others):
+    W = grams(stacks, first)
+    R: Tensor | None = None
+    for precision in others:
         T, triangle, _ = _triangles(W, last=False)
-        R = triangle * sizes if number == 0 else _square(R, triangle)
-        W = _empty(n, r, precision, R)
+        R = triangle if R is None else torch.bmm(R, triangle)
         for at, X in _placed(stacks):
-            X.copy_(products.multiply(T[at], X, table.PRECISION["bases"]))
-            W[at] = products.gram(X, precision)
+            X.copy_(torch.bmm(T[at], X))
+        del T, triangle, W
+        W = grams(stacks, precision)
+    assert R is not None  # one pass leaves no basis of float32's precision
     return W, R
+
+
+def grams(stacks: Sequence[Tensor], precision: str) -> Tensor:
+    """X X^T (n, r, r) of each X, in float64 or "ieee", which is float32."""
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    r = stacks[0].shape[1]
+    W = stacks[0].new_empty((sum(map(len, stacks)), r, r), dtype=dtype)
+    for at, X in _placed(stacks):
+        wide = X.to(dtype)
+        torch.bmm(wide, wide.mT, out=W[at])
+        del wide  # before the next one is made
+    return W
 
 
 def last_pass(W: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,16 +69,12 @@ def last_pass(W: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
 
     ``W`` is used up.
     """
-    S = _square(R, W.float())
-    T, _, works = _triangles(W, last=True)
+    S = torch.bmm(R, W.float())
+    E, _, works = _triangles(W, last=True)
+    E.diagonal(dim1=-2, dim2=-1).sub_(1.0)
     # Without its shift it may find no decomposition; what came before is bounded, if less exact.
-    E = torch.where(works[:, None, None], T - torch.eye(T.shape[-1], device=T.device), 0.0)
-    return E, S + _square(S, E.mT)
-
-
-def corrected(X: Tensor, E: Tensor) -> Tensor:
-    """X + E X: in this form a product of less precision may do, as E is small where X was well conditioned."""
-    return products.multiply(E, X, table.PRECISION["polish"]).add_(X)
+    E.mul_(works[:, None, None])
+    return E, torch.baddbmm(S, S, E.mT)
 
 
 def projector(W: Tensor) -> Tensor:
@@ -68,13 +85,16 @@ def projector(W: Tensor) -> Tensor:
     directions.
     """
     W = W.float()
-    P = _square(W, W).sub_(W, alpha=3.0)
+    P = torch.baddbmm(W, W, W, beta=-3.0)
     P.diagonal(dim1=-2, dim2=-1).add_(3.0)
     return P
 
 
 def _triangles(W: Tensor, *, last: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(T, R, works) of X = R Q, Q = T X, from W, which is used up; R and T are lower triangles."""
+    """(T, R, works) of X = R Q, Q = T X, from W, which is used up; R and T are lower triangles.
+
+    ``works`` (n) is 1 where W has a decomposition, else 0.
+    """
     shift = subspace.diagonal_shift(W.shape[-1], torch.float32, W.dtype, last=last)
     length = W.diagonal(dim1=-2, dim2=-1).sqrt()  # (n, r)
     there = length > torch.finfo(torch.float32).tiny ** 0.5
@@ -82,17 +102,8 @@ def _triangles(W: Tensor, *, last: bool) -> tuple[Tensor, Tensor, Tensor]:
     W.mul_(inverse_length[:, :, None]).mul_(inverse_length[:, None, :])
     W.diagonal(dim1=-2, dim2=-1).add_(shift)
     T, works = inverse_cholesky(W, shift / 2)
-    R = W.mul_(torch.where(there, length, 0.0)[:, :, None])
-    return T.mul_(inverse_length[:, None, :]).float(), R.float(), works
-
-
-def _square(X: Tensor, Y: Tensor) -> Tensor:
-    """The product of (r, r) matrices; the time of another precision would hardly differ."""
-    return products.multiply(X, Y, "ieee")
-
-
-def _empty(n: int, r: int, precision: str, like: Tensor) -> Tensor:
-    return like.new_empty((n, r, r), dtype=torch.float64 if precision == "float64" else torch.float32)
+    T = T.mul_(inverse_length[:, None, :]).float()  # and the wide one is gone, before there is R
+    return T, W.mul_(length.mul_(there)[:, :, None]).float(), works
 
 
 def _placed(stacks: Sequence[Tensor]) -> Iterator[tuple[slice, Tensor]]:

@@ -196,7 +196,7 @@ def update(
     closed with a share of the old basis. The products are formed transposed, (columns, ranks) and (columns, rows): then
     what is wide goes along the 64 rows that Hopper's tensor cores want, tiles may be narrow, and several programs share
     a processor and hide each other's latency. Without SWEEPS there is no L, and nobody reads U and C. Where GIVEN,
-    which does not sweep, U is the momentum X A itself, (p, `lines_of` q) of one matrix after the other from
+    which does not sweep, U is the momentum X A itself, (p, q) in `lines_of` both, of one matrix after the other from
     ``first_given`` on, and W and v are all that is stepped.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
@@ -253,7 +253,7 @@ def update(
 
     if GIVEN:
         width = lines_of(q)
-        U_base = U + (matrix - first_given) * p * width
+        U_base = U + (matrix - first_given) * lines_of(p) * width
     elif R_BLOCKS == 1:  # the loop below stores, so that the compiler would read it again in every turn
         basis = tl.load(
             A_base + (ranks[:, None] * q + cols[None, :]),

@@ -107,12 +107,14 @@ def divide(
     BLOCK_P: tl.constexpr,
     CLIP: tl.constexpr,
     X_IN_STATE: tl.constexpr,
+    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """What the square root of ``surprises`` over the number of elements has to divide the update by, in its place.
 
-    Until then that was the RMS of G / sqrt(v_hat), if CLIP. ``sketches`` (p, 16) of each matrix are G S, and
-    ``clipping`` is the largest singular value allowed, in units of sqrt(p) + sqrt(q). One matrix a program.
+    Until then that was the RMS of G / sqrt(v_hat), if CLIP. ``sketches`` (p, 16) of each matrix are G S, to which
+    X A S / outside has been added if WHOLE, and ``clipping`` is the largest singular value allowed, in units of
+    sqrt(p) + sqrt(q). One matrix a program.
     """
     matrix = tl.program_id(0).to(tl.int64)
     p = size_of(matrices, matrix, P)
@@ -131,15 +133,18 @@ def divide(
         sketch = outside * tl.load(
             sketches + ((first_row + rows)[:, None] * K + k[None, :]), mask=inside[:, None], other=0.0
         )
-        for first in range(0, R, BLOCK_R):
-            ranks = first + tl.arange(0, BLOCK_R)
-            x = tl.load(
-                X_base + (rows[:, None] * R + ranks[None, :]), mask=inside[:, None] & (ranks < R)[None, :], other=0.0
-            )
-            right = tl.load(
-                rights + ((matrix * R + ranks[:, None]) * K + k[None, :]), mask=(ranks < R)[:, None], other=0.0
-            )
-            sketch = tl.dot(x, right, sketch, input_precision=PRECISION)
+        if not WHOLE:
+            for first in range(0, R, BLOCK_R):
+                ranks = first + tl.arange(0, BLOCK_R)
+                x = tl.load(
+                    X_base + (rows[:, None] * R + ranks[None, :]),
+                    mask=inside[:, None] & (ranks < R)[None, :],
+                    other=0.0,
+                )
+                right = tl.load(
+                    rights + ((matrix * R + ranks[:, None]) * K + k[None, :]), mask=(ranks < R)[:, None], other=0.0
+                )
+                sketch = tl.dot(x, right, sketch, input_precision=PRECISION)
         old = tl.load(row_base + rows, mask=inside, other=0.0).to(tl.float32)
         now = tl.load(row_sums + first_row + rows, mask=inside, other=0.0) / q
         mean_square = (old + (1.0 - beta2) * (now - old)) * v_scale

@@ -75,11 +75,11 @@ class SubspaceStep(Step):
         self.sweeps = buckets[0].sweeps
         # m_B's place takes X, and m_A's takes L, where they can: nobody else needs them any more.
         narrow = self.S_dtype != torch.float32
-        self.X_in_state = self.sweeps and not narrow  # else m_B holds the new one
+        self.X_in_state = self.sweeps and not narrow and not self.by_torch  # else m_B holds the new one, or the old
         self.L_in_state = not self.sweeps or (not narrow and self.update_blocks.rank >= self.r)
         p = self.matrices.p
         self.U = self._empty(self.matrices.left)
-        self.X = self.U if self.X_in_state or self.by_torch else self._empty(self.matrices.left)
+        self.X = self.U if self.X_in_state else self._empty(self.matrices.left)
         self.L = self.U if self.L_in_state or self.by_torch else self._empty(self.matrices.right)
         self.row_sums = self._empty(sum(p))
         self.sizes = self._empty(self.n)
@@ -110,9 +110,9 @@ class SubspaceStep(Step):
         with on_device_of(self.buckets):
             self._mask(enabled)
             if not self.sweeps:
-                self._keep_basis()
+                self.left_factors()
                 self._update(None)
-                self._advance_v_row()
+                self.advance_v_row()
                 return
             C = self._carried(self._left_basis())
             self._update(C)
@@ -204,26 +204,29 @@ class SubspaceStep(Step):
         """Write W and, with ``C``, L and the size of L's rows to `sizes`."""
         raise NotImplementedError
 
-    def _keep_basis(self) -> None:
-        """X, and m_B one step on."""
+    def left_factors(self) -> None:
+        """X, and K: the next m_B in a step that does not sweep, else scaled, in the place of G A^T."""
         block = table.finish_blocks(self.r)
         work = self._work(self.matrices.p, block.rows)
-        bases.keep_basis[(work.programs,)](
+        bases.left_factors[(work.programs * math.ceil(self.r / block.rank),)](
             self.matrices.table,
             work.items,
             self.coefficients,
             self.U,
             self.X,
+            self.sizes,
             self.decay,
             self.gain,
             S_TYPE=TYPES[self.S_dtype],
             R=self.r,
-            BLOCK_R=table.padded(self.r),
+            BLOCK_R=block.rank,
             BLOCK=block.rows,
+            SWEEPS=self.sweeps,
             **table.launch(block),
         )
 
-    def _advance_v_row(self) -> None:
+    def advance_v_row(self) -> None:
+        """v_row one step on, if there is one, after all that reads the old one."""
         if "v_row" in self.buckets[0].state:
             work = self._work(self.matrices.p, table.CHUNK)
             bases.advance_v_row[(work.programs,)](

@@ -22,10 +22,11 @@ MAX_RANK = 512
 #: Largest rank that is left to the kernels after the first pass; batched products take over above it (`high_rank`).
 KERNEL_RANK = 128
 
-#: How the bases of high ranks are made: one pass of Cholesky QR each, and the precision of its Gram matrix. A first one
-#: in float64 leaves the second almost nothing to do up to a condition of 1e6. Three of "tf32x3" or "ieee" are for GPUs
-#: where float64 is slow, which are all but a data centre's.
-GRAMS: tuple[str, ...] = ("float64", "tf32x3")
+#: How the bases of high ranks are made: one pass of Cholesky QR each, at least two, and the precision of its Gram
+#: matrix. A first one in float64 leaves the second almost nothing to do up to a condition of 1e6. Three of "ieee" are
+#: for GPUs where float64 is slow, which are all but a data centre's. All other products of theirs are "ieee": to form
+#: each from three of TF32 takes more launches than the time is worth that tensor cores save.
+GRAMS: tuple[str, ...] = ("float64", "ieee")
 
 #: Columns that are decomposed number by number in their Gram matrices, by one program a matrix.
 CHOLESKY_COLUMNS = 64
@@ -37,14 +38,14 @@ FUSED_RANK = 64
 #: Precision of float32 products (`tl.dot`) by use: "ieee", "tf32x3" or "tf32".
 #: ``project`` is G A^T, ``momentum`` is X A, ``left`` is U^T G, ``bases`` is what orthonormalizes factors.
 #: TF32 has 10 bits, which is far less than a gradient's noise; a basis that lost its orthonormality would not be one.
-#: At high ranks ``polish`` is the last correction of a basis, a small part of it where that was well conditioned: by
-#: emulation at r = 512, "tf32" holds A A^T = I to 1e-6 up to a condition of 1e3, to 1e-4 at 1e4 and 1e-3 from there on.
+#: Above ``KERNEL_RANK`` ``factors`` is what else of the momentum goes from one step to the next, U^T B and U S. Torch
+#: knows "tf32" and "ieee"; what it cuts off to TF32 makes the momentum smaller, by 3e-4 to 4e-4 a factor and step.
 PRECISION: dict[str, str] = {
     "project": "tf32",
     "momentum": "tf32",
     "left": "tf32",
     "bases": "tf32x3",
-    "polish": "tf32x3",
+    "factors": "ieee",
 }
 
 #: The same where the regression is the paper's: ``newton`` is G, or |G|, times a factor, ``newton_bf16`` the same of
@@ -70,8 +71,8 @@ LEAST_SCRATCH = 2**28
 HIGH_RANK_SHARE = 0.25
 
 #: Numbers of factors, and of momenta, that are copied or multiplied at once at high ranks; one matrix in any case.
-HIGH_RANK_FACTORS = 2**23
-HIGH_RANK_MOMENTA = 2**25
+HIGH_RANK_FACTORS = 5 * 2**22
+HIGH_RANK_MOMENTA = 5 * 2**24
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,9 @@ NEWTON_UPDATE: tuple[tuple[int, int, Blocks], ...] = (
 
 #: The sketch of an update: columns of A, or rows of X, at once, and ranks.
 SKETCH = Blocks(64, 64, 64, 8, 2)
+
+#: What a program copies of a matrix into a batch, at high ranks.
+COPY = Blocks(16, 128, 0, 4, 1)
 
 #: What Muon does around Newton-Schulz: rows (columns) at once whose squares are summed, and numbers of them at once; a
 #: tile of the weights.
@@ -221,13 +225,12 @@ def scratch_bytes(view: MatrixView, state_dtype: torch.dtype, *, sketched: bool 
     ranks there is `high_rank_bytes` besides.
     """
     p, q, r = view.p, view.q, view.rank
-    if r > KERNEL_RANK:
-        left, right = (lines(side) for side in (p, q))
-        factors = r * (left + max(left, right))
-        return 4 * view.batch * (factors + 9 * r * r + p + sketched * spectral.COLUMNS * (p + r))
+    left, right = (r * lines(side) for side in (p, q))
     rest = p + sketched * spectral.COLUMNS * (p + r)
     if not sweeps:
-        return 4 * view.batch * (2 * p * r + rest)
+        return 4 * view.batch * (2 * left + rest)
+    if r > KERNEL_RANK:  # L takes the place of X where it can
+        return 4 * view.batch * (2 * left + (right if right > left else 0) + 6 * r * r + rest)
     factors = p * r
     if state_dtype != torch.float32:
         factors += (p + q) * r
@@ -240,14 +243,14 @@ def scratch_bytes(view: MatrixView, state_dtype: torch.dtype, *, sketched: bool 
 
 def high_rank_batch(view: MatrixView) -> int:
     """Matrices of which a step at a high rank copies or multiplies factors, and forms the momentum, at once."""
-    longer = lines(max(view.p, view.q))
-    return max(1, min(HIGH_RANK_FACTORS // (longer * view.rank), HIGH_RANK_MOMENTA // (view.p * lines(view.q))))
+    p, q = lines(view.p), lines(view.q)
+    return max(1, min(HIGH_RANK_FACTORS // (max(p, q) * view.rank), HIGH_RANK_MOMENTA // (p * q)))
 
 
 def high_rank_bytes(view: MatrixView) -> int:
-    """What a step at a high rank holds of so many at a time: parts of factors, or the momentum; a gradient."""
-    longer, momentum = lines(max(view.p, view.q)) * view.rank, view.p * lines(view.q)
-    return 4 * (high_rank_batch(view) * max(7 * longer, 4 * longer + momentum) + momentum)
+    """What a step at a high rank holds of so many at a time: factors in float64, or the momentum and m_A."""
+    p, q = lines(view.p), lines(view.q)
+    return 4 * high_rank_batch(view) * max(2 * max(p, q) * view.rank, q * (p + view.rank))
 
 
 def eights(length: int) -> int:
