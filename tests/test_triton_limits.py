@@ -285,8 +285,9 @@ for target, rank, kind, narrow, precision in (
     block = table.apply_blocks(rank)
     build(bases.apply, target, block, BLOCK_R=whole, BLOCK=block.rows, OUT=block.cols, SCALE=True, FORM=True,
           GRAM=not narrow, CARRY=False, **shared)
-    block = table.finish_blocks(rank)
+    block = table.left_blocks(rank)
     build(bases.left_factors, target, block, BLOCK_R=block.rank, BLOCK=block.rows, S_TYPE=kind, SWEEPS=narrow, **R)
+    block = table.finish_blocks(rank)
     build(bases.finish, target, block, BLOCK_R=whole, BLOCK=block.rows, OUT=block.cols, INNER=block.rank, S_TYPE=kind,
           L_IN_STATE=not narrow, V_ROWS=not narrow, PRECISION=precision, **R)
     build(bases.advance_v_row, target, BLOCK=table.CHUNK, S_TYPE=kind)

@@ -206,7 +206,7 @@ class SubspaceStep(Step):
 
     def left_factors(self) -> None:
         """X, and K: the next m_B in a step that does not sweep, else scaled, in the place of G A^T."""
-        block = table.finish_blocks(self.r)
+        block = table.left_blocks(self.r)
         work = self._work(self.matrices.p, block.rows)
         bases.left_factors[(work.programs * math.ceil(self.r / block.rank),)](
             self.matrices.table,

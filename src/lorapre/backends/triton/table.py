@@ -218,6 +218,12 @@ def finish_blocks(rank: int) -> Blocks:
     return Blocks(64, 64, 64, 4, 1)
 
 
+def left_blocks(rank: int) -> Blocks:
+    """Rows and ranks at once of what the first pass leaves of a left factor: few, as all is held twice, transposed."""
+    block = min(padded(rank), 64)
+    return Blocks(32, 0, block, 8 if block == 64 else 4, 1)
+
+
 def scratch_bytes(view: MatrixView, state_dtype: torch.dtype, *, sketched: bool = False, sweeps: bool = True) -> int:
     """Scratch of one parameter's matrices: K, twice more factors where the state is narrow or split, and r x r.
 
