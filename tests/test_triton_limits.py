@@ -241,7 +241,7 @@ from lorapre.backends.triton import table
 numbers = "decay gain ahead beta2 eps keep cross outside v_scale rate step limit shift weight factor".split()
 numbers += ["clipping", "sign", "floor"]
 integers = "n seed right_programs first first_given tiles row_tiles col_tiles numel start R".split()
-integers += "rows columns row_stride col_stride height width".split()
+integers += "rows columns height width".split()
 lists = "items starts right_items left_items works".split()
 
 def build(kernel, target, blocks=None, doubles=(), **constants):
@@ -310,10 +310,14 @@ for target, rank, kind, narrow, precision in (
     del tile["NEGATE"]
     columns = table.blocked_cholesky_blocks()
     build(blocked_cholesky.decompose, target, columns, doubles=("S", "T") if narrow else (), BLOCK=columns.rows)
-    made = build(second_pass.update, target, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, GIVEN=False,
-                 SWEEPS=narrow, RELATIVE=True, BOUNDED=True, STOCHASTIC=narrow, ROUNDS=7, X_IN_STATE=True,
-                 L_IN_STATE=not narrow, W_ORDER=1, G_ORDER=2, MOMENTUM_PRECISION=precision,
-                 LEFT_PRECISION=precision, **tile)
+    update = dict(W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, RELATIVE=True, BOUNDED=True, STOCHASTIC=narrow, ROUNDS=7,
+                  W_ORDER=1, G_ORDER=2, MOMENTUM_PRECISION=precision, LEFT_PRECISION=precision)
+    made = build(second_pass.update, target, block, GIVEN=False, LEAVE_G=False, SWEEPS=narrow, X_IN_STATE=True,
+                 L_IN_STATE=not narrow, **update, **tile)
+    block = table.given_blocks()
+    tile |= dict(R=block.rank, BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols)
+    build(second_pass.update, target, block, GIVEN=True, LEAVE_G=True, SWEEPS=False, X_IN_STATE=False,
+          L_IN_STATE=False, **update, **tile)
     print(*sorted(made.asm.keys() & {"cubin", "hsaco"}), made.metadata.shared <= 227 * 1024)
 
 # No product may still read shared memory when it is filled for the turn after the next.

@@ -111,7 +111,8 @@ class AdamStep(SubspaceStep):
     def update_given(self, M: Tensor, at: slice) -> None:
         """The weights, and v, of the matrices ``at`` whose momenta X A are ``M``; one launch.
 
-        ``M`` is (n, p, q), both up to the multiple of 16 of `lorapre.backends.triton.layout.lines`.
+        ``M`` is (n, p, q), both up to the multiple of 16 of `lorapre.backends.triton.layout.lines`. In a step that
+        sweeps it becomes G, as float32.
         """
         block = table.given_blocks()
         work = self._work(self.matrices.q, block.cols).part([math.ceil(q / block.cols) for q in self.matrices.q], at)
@@ -158,6 +159,7 @@ class AdamStep(SubspaceStep):
             CLIP=hyper.update_clipping or self.spectral,
             FULL=self.full,
             GIVEN=given is not None,
+            LEAVE_G=self.sweeps and given is not None,
             SWEEPS=self.sweeps and given is None,
             STOCHASTIC=self.seed is not None,
             ROUNDS=rounding.ROUNDS,

@@ -1,6 +1,6 @@
-"""Matrices out of their own tensors into one batch, and back: a launch each, whatever their strides. Imports triton.
+"""Factors out of their own tensors into one batch, and back: a launch each. Imports triton.
 
-They are matrices of one shape, those of `lorapre.backends.triton.layout`'s table from number ``first`` on.
+They are of one shape and contiguous, those of `lorapre.backends.triton.layout`'s table from matrix ``first`` on.
 """
 
 # Triton's decorators and types are untyped where they are not missing (other platforms than Linux).
@@ -32,8 +32,6 @@ def gather(
     first,
     rows,
     columns,
-    row_stride,
-    col_stride,
     height,
     width,
     COLUMN: tl.constexpr,
@@ -46,7 +44,7 @@ def gather(
     number, row, column = tile_in(height, width, BLOCK_P, BLOCK_Q)
     base = base_of(matrices, first + number, COLUMN, TYPE, ALIGNED)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    found = tl.load(base + (row[:, None] * row_stride + column[None, :] * col_stride), mask=inside, other=0.0)
+    found = tl.load(base + (row[:, None] * columns + column[None, :]), mask=inside, other=0.0)
     at = batch + number * height * width + (row[:, None] * width + column[None, :])
     tl.store(at, found.to(tl.float32), mask=(row < height)[:, None] & (column < width)[None, :])
 
@@ -67,7 +65,7 @@ def scatter(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):
-    """The matrices (rows, columns), contiguous, from ``batch`` as `gather` leaves it, where the step is enabled."""
+    """The matrices (rows, columns) from ``batch`` as `gather` leaves it, where the step is enabled."""
     number, row, column = tile_in(height, width, BLOCK_P, BLOCK_Q)
     live = rows * (tl.load(coefficients + (first + number) * WIDTH + ON) != 0).to(tl.int32)
     inside = (row < live)[:, None] & (column < columns)[None, :]

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from lorapre import spectral
-from lorapre.backends.batches import Bucket
 from lorapre.backends.triton import copies, elements, layout, row_bases, second_pass, table
 from lorapre.backends.triton.layout import lines
 from lorapre.backends.triton.step import TYPES
@@ -36,7 +35,6 @@ class Chunk:
         view: their shape.
         at: which matrices of the step.
         rows: of the step's matrices, which are theirs.
-        strides: of a gradient.
         U: (n, r, p): K, and then the left basis, as rows; zeros in the last columns.
         X: (n, p, r): the left factor of the momentum; zeros in the last rows.
         L: (n, r, q), in the place of X where there is room for it; none in a step that does not sweep.
@@ -45,7 +43,6 @@ class Chunk:
     view: MatrixView
     at: slice
     rows: slice
-    strides: tuple[int, int]
     U: Tensor
     X: Tensor
     L: Tensor | None
@@ -55,13 +52,9 @@ class Chunk:
         return len(self.U)
 
     def sides(self, column: int) -> tuple[int, int, int, int]:
-        """Rows and columns of a matrix whose address is in ``column`` of the layout's table, and those in a batch."""
+        """Rows and columns of a factor whose address is in ``column`` of the layout's table, and those in a batch."""
         p, q, r = self.view.p, self.view.q, self.view.rank
-        if column == layout.B:
-            return p, r, lines(p), r
-        if column == layout.A:
-            return r, q, r, lines(q)
-        return p, q, lines(p), lines(q)
+        return (p, r, lines(p), r) if column == layout.B else (r, q, r, lines(q))
 
 
 def proceed(step: AdamStep) -> None:
@@ -84,7 +77,6 @@ def _chunks(step: AdamStep) -> Iterator[Chunk]:
     for bucket in step.buckets:
         view = bucket.view
         p, q, r = lines(view.p), lines(view.q), view.rank
-        strides = _strides(bucket)
         matrices, size = len(bucket.params) * view.batch, table.high_rank_batch(view)
         for start in range(0, matrices, size):
             n = min(size, matrices - start)
@@ -93,15 +85,8 @@ def _chunks(step: AdamStep) -> Iterator[Chunk]:
             if step.sweeps:
                 L = (X[: n * r * q] if q <= p else step.U.new_empty(n * r * q)).view(n, r, q)
             at, rows = slice(first, first + n), slice(above, above + n * view.p)
-            yield Chunk(view, at, rows, strides, U.view(n, r, p), X.view(n, p, r), L)
+            yield Chunk(view, at, rows, U.view(n, r, p), X.view(n, p, r), L)
             first, above, left = at.stop, rows.stop, left + n * r * p
-
-
-def _strides(bucket: Bucket) -> tuple[int, int]:
-    """From one row and from one column of a gradient to the next, in numbers."""
-    view = bucket.view
-    _, row, column = bucket.grads[0].view(view.batch, view.p, view.q).stride()
-    return row, column
 
 
 def _sketch(step: AdamStep, chunks: Sequence[Chunk]) -> None:
@@ -156,7 +141,7 @@ def _carried(step: AdamStep, chunks: Sequence[Chunk]) -> tuple[Tensor, Tensor]:
 
 
 def _update(step: AdamStep, chunk: Chunk) -> tuple[Tensor, Tensor]:
-    """The weights and v_col, or v in full, from X; returns m_A (n, r, q), and (n, p, q) which nobody needs any more."""
+    """The weights and v_col, or v in full, from X; returns m_A (n, r, q) and, in a step that sweeps, G (n, p, q)."""
     A = _gather(step, chunk, layout.A)
     with row_bases.precise(table.PRECISION["momentum"]):
         M = torch.bmm(chunk.X, A)
@@ -166,9 +151,7 @@ def _update(step: AdamStep, chunk: Chunk) -> tuple[Tensor, Tensor]:
 
 def _next_rows(step: AdamStep, chunk: Chunk, C: Tensor, sizes: Tensor) -> Tensor:
     """The weights, and L = (C A + gain U G) / size."""
-    A, M = _update(step, chunk)
-    # One product of all gradients, copied to the place of the momenta: no side of it is out of line there.
-    G = _gather(step, chunk, layout.G, out=M)
+    A, G = _update(step, chunk)
     assert chunk.L is not None
     with row_bases.precise(table.PRECISION["left"]):
         torch.bmm(C[chunk.at], A, out=chunk.L)
@@ -176,33 +159,31 @@ def _next_rows(step: AdamStep, chunk: Chunk, C: Tensor, sizes: Tensor) -> Tensor
     return chunk.L.div_(sizes[chunk.at])
 
 
-def _gather(step: AdamStep, chunk: Chunk, column: int, out: Tensor | None = None) -> Tensor:
-    """The matrices whose addresses are in ``column`` of the layout's table, as float32 (n, height, width)."""
+def _gather(step: AdamStep, chunk: Chunk, column: int) -> Tensor:
+    """The factors whose addresses are in ``column`` of the layout's table, as float32 (n, height, width)."""
     rows, columns, height, width = chunk.sides(column)
-    if out is None:
-        out = step.U.new_empty((chunk.n, height, width))
+    batch = step.U.new_empty((chunk.n, height, width))
     block = table.COPY
     copies.gather[(chunk.n * math.ceil(height / block.rows) * math.ceil(width / block.cols),)](
         step.matrices.table,
-        out,
+        batch,
         chunk.at.start,
         rows,
         columns,
-        *(chunk.strides if column == layout.G else (columns, 1)),
         height,
         width,
         COLUMN=column,
-        TYPE=TYPES[step.G_dtype if column == layout.G else step.S_dtype],
+        TYPE=TYPES[step.S_dtype],
         ALIGNED=_aligned(step, chunk),
         BLOCK_P=block.rows,
         BLOCK_Q=block.cols,
         **table.launch(block),
     )
-    return out
+    return batch
 
 
 def _scatter(step: AdamStep, chunk: Chunk, batch: Tensor, column: int) -> None:
-    """The inverse of `_gather` for m_A or m_B, where the step is enabled."""
+    """The inverse of `_gather`, where the step is enabled."""
     rows, columns, height, width = chunk.sides(column)
     block = table.COPY
     copies.scatter[(chunk.n * math.ceil(height / block.rows) * math.ceil(width / block.cols),)](
@@ -224,6 +205,6 @@ def _scatter(step: AdamStep, chunk: Chunk, batch: Tensor, column: int) -> None:
 
 
 def _aligned(step: AdamStep, chunk: Chunk) -> bool:
-    """Whether gradients and state begin at multiples of 16 bytes."""
+    """Whether the state begins at multiples of 16 bytes: it does where that lets the kernels read G so, too."""
     _, order, _ = step.matrices.kinds[chunk.at.start]
     return order in (layout.ROWS_ALIGNED, layout.COLUMNS_ALIGNED)

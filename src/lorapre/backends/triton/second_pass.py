@@ -178,6 +178,7 @@ def update(
     CLIP: tl.constexpr,
     FULL: tl.constexpr,
     GIVEN: tl.constexpr,
+    LEAVE_G: tl.constexpr,
     SWEEPS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ROUNDS: tl.constexpr,
@@ -197,7 +198,7 @@ def update(
     what is wide goes along the 64 rows that Hopper's tensor cores want, tiles may be narrow, and several programs share
     a processor and hide each other's latency. Without SWEEPS there is no L, and nobody reads U and C. Where GIVEN,
     which does not sweep, U is the momentum X A itself, (p, q) in `lines_of` both, of one matrix after the other from
-    ``first_given`` on, and W and v are all that is stepped.
+    ``first_given`` on, and W and v are all that is stepped; if LEAVE_G, G takes the momentum's place, as float32.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     ALIGNED: tl.constexpr = (G_ORDER == ROWS_ALIGNED) | (G_ORDER == COLUMNS_ALIGNED)
@@ -324,7 +325,11 @@ def update(
             left = tl.dot(tl.trans(sign * g), tl.trans(u), left, input_precision=LEFT_PRECISION)
         if (R_BLOCKS == 1) | (r_block == 0):
             if GIVEN:
-                m = signed * g + tl.load(U_base + (rows[:, None] * width + cols[None, :]), mask=inside, other=0.0)
+                given_at = U_base + (rows[:, None] * width + cols[None, :])
+                m = signed * g + tl.load(given_at, mask=inside, other=0.0)
+                if LEAVE_G:
+                    tl.debug_barrier()  # all have read what is overwritten
+                    tl.store(given_at, g, mask=inside)
             else:
                 momentum = tracked(
                     X_base, A_base, basis, rows, cols, p, q, R, BLOCK_R, BLOCK_P, BLOCK_Q, MOMENTUM_PRECISION
