@@ -22,7 +22,7 @@ Backend: TypeAlias = Literal["auto", "eager", "triton"]
 #: measurement has shown them ahead of batched torch (benchmarks/step_time). On an H100, Llama-1B's matrices in float32:
 #: Adam at r = 64 14 ms against 131, Muon at r = 128 139 ms against 446; at r = 256 torch alone is faster, 207 against
 #: 307 ms. "cuda" is NVIDIA's alone; AMD's is "hip" here, which nobody has measured.
-MEASURED: dict[Literal["adamw", "muon"], dict[str, int]] = {"adamw": {"cuda": 128}, "muon": {"cuda": 128}}
+MEASURED: dict[Literal["adamw", "muon"], dict[str, int]] = {"adamw": {"cuda": 512}, "muon": {"cuda": 128}}
 
 _logger = logging.getLogger(__name__)
 _said: set[str] = set()
