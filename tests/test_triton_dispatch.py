@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +15,6 @@ from _triton import OPTIONS, exact_products, needs_triton, scalars_as_bounds  # 
 from lorapre import LoRAPreAdamW
 from lorapre.backends import dispatch, eager
 from lorapre.backends import triton as backend
-from lorapre.backends.eager import AdamHyperparameters
 
 pytestmark = needs_triton
 SHAPES = ((17, 33), (3, 12, 20), (17, 33), (7,))
@@ -82,7 +81,20 @@ def test_what_was_measured_on_nvidia_is_not_said_of_amd(
     monkeypatch.setattr(torch.version, "hip", hip)
     weight = SimpleNamespace(device=torch.device("cuda"))
     bucket: Any = SimpleNamespace(params=[weight], view=SimpleNamespace(rank=dispatch.MEASURED["adamw"]["cuda"]))
-    assert dispatch._measured(bucket, cast(AdamHyperparameters, None)) is measured
+    hyper: Any = SimpleNamespace(regressor=SimpleNamespace(regression="subspace"))
+    assert dispatch._measured(bucket, hyper) is measured
+
+
+def test_auto_takes_the_kernels_of_the_papers_regression_as_far_as_they_were_measured(
+    device: torch.device, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"regression": "newton", "second_moment": "hadamard", "update_clipping": False, "spectral_clipping": None}
+    for largest, expected in ((3, "eager"), (4, "triton")):
+        measured = {"adamw": {device.type: 512}, "newton": {device.type: largest}, "muon": {}}
+        monkeypatch.setattr(dispatch, "MEASURED", measured)
+        trained(device, steps=1, **options)
+        assert set(calls) == {expected}
+        calls.clear()
 
 
 def test_what_only_batched_torch_can_do_is_refused_by_the_kernels_and_logged_by_auto(

@@ -81,8 +81,9 @@ def training_figure(results: Results) -> Figure:
             colours = [_bar_colour(row.optimizer) for row in own]
             axes.barh(names, [row.ratio_to_fused_adamw for row in own], color=colours)
             for place, row in enumerate(own):
-                axes.text(row.ratio_to_fused_adamw, place, f" {row.ratio_to_fused_adamw:.3f}", va="center", fontsize=8)
-            axes.axvline(1.0, color="black", linestyle=(0, (6, 3)), linewidth=1)
+                label = axes.text(row.ratio_to_fused_adamw + 0.01, place, f"{row.ratio_to_fused_adamw:.3f}")
+                label.set(va="center", fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+            axes.axvline(1.0, color="black", linestyle=(0, (6, 3)), linewidth=1, zorder=1.5)
             axes.set_xlim(0, 1.15 * max(1.0, *(row.ratio_to_fused_adamw for row in own)))
             axes.set_title(f"{model}, {own[0].batch} x {own[0].sequence} tokens", loc="left", fontsize=10)
             axes.set_xlabel("tokens a second / fused AdamW's")
@@ -102,7 +103,10 @@ def _others(axes: Any, rows: list[StepRow]) -> None:
         else:
             points = [(row.rank, row.ratio_to_fused_adamw) for row in own]
             marker = MARKERS[(4 + number) % len(MARKERS)][0]
-            axes.plot(*zip(*points, strict=True), linestyle="none", color=colour, marker=marker, label=label)
+            ours = (
+                {"markerfacecolor": "white"} if name.startswith("LoRAPre") else {}
+            )  # filled is the line of the default
+            axes.plot(*zip(*points, strict=True), linestyle="none", color=colour, marker=marker, label=label, **ours)
 
 
 def _goals(axes: Any) -> None:

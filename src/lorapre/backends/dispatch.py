@@ -18,11 +18,15 @@ from lorapre.backends.triton import Layouts
 
 Backend: TypeAlias = Literal["auto", "eager", "triton"]
 
-#: What "auto" steps by the kernels, under Adam and under Muon: platforms, each with the largest rank at which a
-#: measurement has shown them ahead of batched torch (benchmarks/step_time). On an H100, Llama-1B's matrices in float32:
-#: Adam at r = 64 14 ms against 131, Muon at r = 128 139 ms against 446; at r = 256 torch alone is faster, 207 against
-#: 307 ms. "cuda" is NVIDIA's alone; AMD's is "hip" here, which nobody has measured.
-MEASURED: dict[Literal["adamw", "muon"], dict[str, int]] = {"adamw": {"cuda": 512}, "muon": {"cuda": 128}}
+#: What "auto" steps by the kernels, under Adam, under Adam with the paper's regression and under Muon: platforms, each
+#: with the largest rank at which a measurement has shown them ahead of batched torch (benchmarks/step_time). On an
+#: H100, Llama-1B's matrices in float32: Adam at r = 64 in 12 ms instead of 131, at 512 in 114 instead of 370, Muon at
+#: r = 128 in 138 instead of 446. "cuda" is NVIDIA's alone; AMD's is "hip" here, which nobody has measured.
+MEASURED: dict[Literal["adamw", "newton", "muon"], dict[str, int]] = {
+    "adamw": {"cuda": 512},
+    "newton": {"cuda": 128},
+    "muon": {"cuda": 128},
+}
 
 _logger = logging.getLogger(__name__)
 _said: set[str] = set()
@@ -95,7 +99,8 @@ def _parted(job: Job) -> tuple[list[Bucket], list[Bucket]]:
 
 
 def _measured(bucket: Bucket, hyper: Hyperparameters) -> bool:
-    largest = MEASURED["muon" if isinstance(hyper, MuonHyperparameters) else "adamw"]
+    by_newton = hyper.regressor.regression == "newton"
+    largest = MEASURED["muon" if isinstance(hyper, MuonHyperparameters) else "newton" if by_newton else "adamw"]
     device = bucket.params[0].device.type
     return bucket.view.rank <= largest.get("hip" if device == "cuda" and torch.version.hip is not None else device, 0)
 
