@@ -30,6 +30,7 @@ from _support import (
     snapshot,
     train,
 )
+from lorapre import LoRAPreAdamW
 
 
 def save_and_load(state: Any, tmp_path: Path) -> Any:
@@ -70,6 +71,25 @@ def test_resuming_from_a_file_is_exact(
     train(resumed, 4, seed=9)
     assert_same_bits(snapshot(resumed), snapshot(original))
     assert resumed.param_groups[0]["seed"] == 0
+
+
+def test_resuming_between_two_sweeps_is_exact(device: torch.device) -> None:
+    def built(seed: int) -> LoRAPreAdamW:
+        return LoRAPreAdamW(make_params(SHAPES, torch.float32, device, seed=seed), rank=3, sweep_interval=4)
+
+    original, resumed = built(0), built(5)
+    train(original, 2)
+    with torch.no_grad():
+        for param, weight in zip(params_of(resumed), params_of(original), strict=True):
+            param.copy_(weight)
+    resumed.load_state_dict(copy.deepcopy(original.state_dict()))
+    bases = [state["m_A"].clone() for state in original.state.values() if "m_A" in state]
+    for steps, moved in ((2, False), (1, True)):  # the first, the fifth and the ninth step sweep
+        for optimizer in (original, resumed):
+            train(optimizer, steps, seed=9)
+        assert_same_bits(snapshot(resumed), snapshot(original))
+        now = [state["m_A"] for state in resumed.state.values() if "m_A" in state]
+        assert all(torch.equal(one, other) != moved for one, other in zip(now, bases, strict=True))
 
 
 @every_kind
