@@ -84,10 +84,10 @@ def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 16 ranks at most, and chunks of 64 rows."""
+    """Blocks of 16 ranks at most where ranks are cut, and chunks of 64 rows."""
     block = table.Blocks(32, 32, 16, 4, 1)
     monkeypatch.setattr(table, "PROJECT", ((table.MAX_RANK, 4, block),))
-    monkeypatch.setattr(table, "UPDATE", ((table.MAX_RANK, 4, block),))
+    monkeypatch.setattr(table, "UPDATE", ((table.MAX_RANK, 4, replace(block, rank=0)),))
     monkeypatch.setattr(table, "NEWTON_PROJECT", ((table.MAX_RANK, 4, block),))
     monkeypatch.setattr(table, "NEWTON_UPDATE", ((table.MAX_RANK, 4, block),))
     monkeypatch.setattr(table, "NEWTON_PARTS", (16, 16))

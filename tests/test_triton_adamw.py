@@ -178,12 +178,8 @@ def test_the_cuts_into_blocks_and_parts_change_nothing(case: Case, device: torch
     run_beside_the_reference(case, torch.float32, device, 1e-5)
 
 
-@pytest.mark.parametrize("more", [-30, 2])
-def test_ranks_above_the_largest_block_are_taken_in_parts(
-    more: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(table, "KERNEL_RANK", table.MAX_RANK)
-    rank = max(blocks.rank for _, _, blocks in table.UPDATE) + more
+def test_a_rank_that_fills_no_block_up(device: torch.device) -> None:
+    rank = table.KERNEL_RANK - 30
     run_beside_the_reference(Case("", ((rank + 5, rank + 9),), rank=rank, steps=1), torch.float32, device, 1e-5)
 
 

@@ -305,8 +305,9 @@ for target, rank, kind, narrow, precision in (
     build(spectral.totals, target, block, BLOCK_Q=block.cols, PARTS=2, **shared)
     build(spectral.divide, target, block, BLOCK_P=block.rows, CLIP=True, X_IN_STATE=not narrow,
           WHOLE=narrow, **shared)
-    block = table.blocks(table.UPDATE, rank, size)
-    tile |= dict(BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols)
+    most = min(rank, table.KERNEL_RANK)
+    block = table.blocks(table.UPDATE, most, size)
+    tile |= dict(R=most, BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols)
     del tile["NEGATE"]
     columns = table.blocked_cholesky_blocks()
     build(blocked_cholesky.decompose, target, columns, doubles=("S", "T") if narrow else (), BLOCK=columns.rows)

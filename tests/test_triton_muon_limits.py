@@ -130,7 +130,7 @@ COMPILE = """
 from lorapre.backends.triton import muon_pass
 
 for target, rank, kind, out, precision in (
-    (GPUTarget("cuda", 90, 32), 160, tl.bfloat16, tl.bfloat16, "tf32"),
+    (GPUTarget("cuda", 90, 32), 120, tl.bfloat16, tl.bfloat16, "tf32"),
     (GPUTarget("hip", "gfx942", 64), 20, tl.float32, tl.float32, "ieee"),
 ):
     narrow = kind == tl.bfloat16

@@ -102,11 +102,8 @@ class AdamStep(SubspaceStep):
         block = self.update_blocks
         if self.spectral:
             self.divide()
-        ranks = math.ceil(self.r / block.rank)
         for orders, work in self._kinds(self.matrices.q, block.cols):
-            self._launch_update(
-                work, orders, block, ranks, self.r, (self.U, self.X, self.L, self.U if C is None else C)
-            )
+            self._launch_update(work, orders, block, self.r, (self.U, self.X, self.L, self.U if C is None else C))
 
     def update_given(self, M: Tensor, at: slice) -> None:
         """The weights, and v, of the matrices ``at`` whose momenta X A are ``M``; one launch.
@@ -114,24 +111,23 @@ class AdamStep(SubspaceStep):
         ``M`` is (n, p, q), both up to the multiple of 16 of `lorapre.backends.triton.layout.lines`. In a step that
         sweeps it becomes G, as float32.
         """
-        block = table.given_blocks()
+        block = self.update_blocks
         work = self._work(self.matrices.q, block.cols).part([math.ceil(q / block.cols) for q in self.matrices.q], at)
-        self._launch_update(work, self.matrices.kinds[at.start], block, 1, block.rank, (M, M, M, M), at.start)
+        self._launch_update(work, self.matrices.kinds[at.start], block, block.rank, (M, M, M, M), at.start)
 
     def _launch_update(
         self,
         work: Work,
         orders: tuple[int, int, int],
         block: table.Blocks,
-        ranks: int,
         r: int,
         factors_of: tuple[Tensor, Tensor, Tensor, Tensor],
         given: int | None = None,
     ) -> None:
-        """The second pass, in ``ranks`` blocks of ranks; ``given`` is the first matrix whose momentum is given."""
+        """The second pass; ``given`` is the first matrix whose momentum is given."""
         hyper = self.hyper
         W_order, G_order, V_order = orders
-        second_pass.update[(work.programs * ranks,)](
+        second_pass.update[(work.programs,)](
             self.matrices.table,
             work.items,
             self.coefficients,

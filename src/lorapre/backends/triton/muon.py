@@ -99,9 +99,9 @@ class MuonStep(SubspaceStep):
     def _orthogonal(self, batch: _Batch, C: Tensor, sizes: Tensor, M: Tensor, spare: Tensor) -> Tensor:
         """The orthogonalised momenta, in the place of ``M`` or of ``spare``; L of these matrices and its ``sizes``."""
         block = self.update_blocks
-        tiles, ranks = math.ceil(batch.q / block.cols), math.ceil(self.r / block.rank)
+        tiles = math.ceil(batch.q / block.cols)
         parts = self._empty(batch.count * tiles)
-        muon_pass.momentum[(batch.count * tiles * ranks,)](
+        muon_pass.momentum[(batch.count * tiles,)](
             self.matrices.table,
             self.coefficients,
             self.U,

@@ -44,7 +44,7 @@ from lorapre.backends.triton.elements import (
     tile_of,
     whole,
 )
-from lorapre.backends.triton.second_pass import next_rows, tracked
+from lorapre.backends.triton.second_pass import basis_in, next_rows, tracked
 
 #: Smaller gradients count as if they were of this size: what is divided by it keeps its squares in float32's range.
 _LEAST = tl.constexpr(2.0**-60)
@@ -92,16 +92,14 @@ def momentum(
     """Pass 2 over G, a program a block of columns: M = X A + outside G, and L = C A + gain U^T G.
 
     M goes out divided by ``weight`` (the largest of what counts in it) and by the size of G and K, so that no square
-    of it leaves float32's range, whatever the gradient's scale is; in ``parts`` are the sums of its squares. Of the
-    programs of one block, one for each rank block, the first writes M. ``sizes`` (n) are those of K, ``new_sizes`` (n)
-    become those of L's rows. Products are formed as in `lorapre.backends.triton.second_pass.update`.
+    of it leaves float32's range, whatever the gradient's scale is; in ``parts`` are the sums of its squares.
+    ``sizes`` (n) are those of K, ``new_sizes`` (n) become those of L's rows. Products are formed as in
+    `lorapre.backends.triton.second_pass.update`.
     """
-    R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     ALIGNED: tl.constexpr = (ORDER == ROWS_ALIGNED) | (ORDER == COLUMNS_ALIGNED)
     pid = tl.program_id(0)
-    r_block = pid % R_BLOCKS
-    tile = pid // R_BLOCKS % tiles
-    number = pid // (R_BLOCKS * tiles)
+    tile = pid % tiles
+    number = pid // tiles
     matrix = (first + number).to(tl.int64)
     p = whole(size_of(matrices, matrix, P), ORDER, COLUMNS_ALIGNED)
     q = whole(size_of(matrices, matrix, Q), ORDER, ROWS_ALIGNED)
@@ -110,7 +108,7 @@ def momentum(
     M_rows = eights(p)
     M_cols = eights(q)
     cols = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    ranks = r_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    ranks = tl.arange(0, BLOCK_R)
     row = coefficients + matrix * WIDTH
     on = (tl.load(row + ON) != 0).to(tl.int32)
     outside = tl.load(row + OUTSIDE)
@@ -122,14 +120,7 @@ def momentum(
     U_base = U + field(matrices, matrix, LEFT) // 16 * 16
     U_column = lines_of(p)
     M_base = M + number.to(tl.int64) * M_rows * M_cols
-    if R_BLOCKS == 1:  # as in the update of Adam, what is kept is not read again
-        basis = tl.load(
-            A_base + (ranks[:, None] * q + cols[None, :]),
-            mask=(ranks < R)[:, None] & (cols < q)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-    else:
-        basis = A_base  # nobody reads it
+    basis = basis_in(A_base, ranks, cols, q, R)
     left = tl.zeros((BLOCK_Q, BLOCK_R), tl.float32)
     squares = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
     for start in range(0, p, BLOCK_P):
@@ -147,21 +138,18 @@ def momentum(
             other=0.0,
         )
         left = tl.dot(tl.trans(g), tl.trans(u), left, input_precision=LEFT_PRECISION)
-        if (R_BLOCKS == 1) | (r_block == 0):
-            inside = tracked(X_base, A_base, basis, rows, cols, p, q, R, BLOCK_R, BLOCK_P, BLOCK_Q, MOMENTUM_PRECISION)
-            m = (outside * g + tl.trans(inside)) * scale
-            squares += m * m
-            tl.store(
-                tile_of(M_base, rows, cols, M_cols, 1, ROWS_ALIGNED),
-                nearest(m, M_TYPE),
-                mask=(rows < M_rows)[:, None] & (cols < M_cols)[None, :],
-            )
-    if r_block == 0:
-        tl.store(parts + number * tiles + tile, tl.sum(squares))
+        inside = tracked(X_base, basis, ranks, rows, p, R, MOMENTUM_PRECISION)
+        m = (outside * g + tl.trans(inside)) * scale
+        squares += m * m
+        tl.store(
+            tile_of(M_base, rows, cols, M_cols, 1, ROWS_ALIGNED),
+            nearest(m, M_TYPE),
+            mask=(rows < M_rows)[:, None] & (cols < M_cols)[None, :],
+        )
+    tl.store(parts + number * tiles + tile, tl.sum(squares))
     size_of_row = next_rows(
-        matrices, matrix, C, L, sums, A_base, basis, left, gain, ranks, cols, r_block, q, on,
-        R, BLOCK_R, BLOCK_Q, L_IN_STATE, ALIGNED, LEFT_PRECISION,
-    )  # fmt: skip
+        matrices, matrix, C, L, sums, basis, left, gain, ranks, cols, q, on, R, L_IN_STATE, ALIGNED, LEFT_PRECISION
+    )
     if tile == 0:
         tl.store(new_sizes + matrix, size_of_row)
 

@@ -55,36 +55,22 @@ CLOSING = tl.constexpr(8 * 2.0**-23)
 
 
 @triton.jit
-def tracked(
-    X_base,
-    A_base,
-    basis,
-    rows,
-    cols,
-    p,
-    q,
-    R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """X A of these rows and columns, transposed; ``basis`` is A in these columns where its ranks are one block."""
-    R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
-    momentum = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)
-    for k in tl.static_range(0, R_BLOCKS):
-        r = k * BLOCK_R + tl.arange(0, BLOCK_R)
-        x = tl.load(X_base + (rows[:, None] * R + r[None, :]), mask=(rows < p)[:, None] & (r < R)[None, :], other=0.0)
-        if R_BLOCKS > 1:
-            a = tl.load(
-                A_base + (r[:, None] * q + cols[None, :]),
-                mask=(r < R)[:, None] & (cols < q)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-        else:
-            a = basis
-        momentum = tl.dot(tl.trans(a), tl.trans(x), momentum, input_precision=PRECISION)
-    return momentum
+def basis_in(A_base, ranks, cols, q, R: tl.constexpr):
+    """m_A in these columns, as float32. To be kept: a loop that stores would have it read again in every turn."""
+    return tl.load(
+        A_base + (ranks[:, None] * q + cols[None, :]),
+        mask=(ranks < R)[:, None] & (cols < q)[None, :],
+        other=0.0,
+    ).to(tl.float32)
+
+
+@triton.jit
+def tracked(X_base, basis, ranks, rows, p, R: tl.constexpr, PRECISION: tl.constexpr):
+    """X A of these rows, and of the columns of ``basis``, transposed."""
+    x = tl.load(
+        X_base + (rows[:, None] * R + ranks[None, :]), mask=(rows < p)[:, None] & (ranks < R)[None, :], other=0.0
+    )
+    return tl.dot(tl.trans(basis), tl.trans(x), input_precision=PRECISION)
 
 
 @triton.jit
@@ -94,18 +80,14 @@ def next_rows(
     C,
     L,
     sums,
-    A_base,
     basis,
     left,
     gain,
     ranks,
     cols,
-    r_block,
     q,
     on,
     R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
     L_IN_STATE: tl.constexpr,
     ALIGNED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -113,32 +95,16 @@ def next_rows(
     """L = C A + gain ``left``^T in these columns, of which m_A is not needed any more, closed with a share of the old
     basis; returns the size of a row of L at most.
     """
-    R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
-    C_base = C + matrix * R * R
-    size = tl.zeros((BLOCK_R,), tl.float32)
-    carried = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
-    before = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
-    for k in range(0, R, BLOCK_R):
-        r = k + tl.arange(0, BLOCK_R)
-        c = tl.load(C_base + ranks[:, None] * R + r[None, :], mask=(ranks < R)[:, None] & (r < R)[None, :], other=0.0)
-        if R_BLOCKS > 1:
-            a = tl.load(
-                A_base + (r[:, None] * q + cols[None, :]),
-                mask=(r < R)[:, None] & (cols < q)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-        else:
-            a = basis
-        carried = tl.dot(c, a, carried, input_precision=PRECISION)
-        if k == r_block * BLOCK_R:
-            before = a
-        for other in range(0, R, BLOCK_R):  # all of C, whichever the ranks of this program are
-            s = other + tl.arange(0, BLOCK_R)
-            d = tl.load(C_base + s[:, None] * R + r[None, :], mask=(s < R)[:, None] & (r < R)[None, :], other=0.0)
-            size += tl.sum(d * d, axis=1)
-    size_of_row = tl.sqrt((tl.sum(size, axis=0) + gain * gain * tl.load(sums + matrix)) / R)
+    c = tl.load(
+        C + matrix * R * R + (ranks[:, None] * R + ranks[None, :]),
+        mask=(ranks < R)[:, None] & (ranks < R)[None, :],
+        other=0.0,
+    )
+    carried = tl.dot(c, basis, input_precision=PRECISION)
+    size = tl.sum(tl.sum(c * c, axis=1), axis=0)
+    size_of_row = tl.sqrt((size + gain * gain * tl.load(sums + matrix)) / R)
     share = tl.where(size_of_row > 0, CLOSING * size_of_row, 1.0)
-    new = carried + gain * tl.trans(left) + share * before
+    new = carried + gain * tl.trans(left) + share * basis
     column = ranks[:, None] * q + cols[None, :]
     L_base = place_in(L, matrices, matrix, RIGHT, A, L_IN_STATE, ALIGNED)
     ranked = (ranks < R * (on if L_IN_STATE else 1))[:, None]
@@ -192,19 +158,15 @@ def update(
 ):
     """Pass 2 over G, a program a block of columns: W in place, L = C A + gain U^T G, and v_col one step on (FULL: v).
 
-    Of the programs of one block, one for each rank block, the first updates W. ``sums`` and ``surprises`` are from
-    `lorapre.backends.triton.elements.totals`; ``sizes`` (n) becomes the size of a row of L, at most, by which L is
-    closed with a share of the old basis. The products are formed transposed, (columns, ranks) and (columns, rows): then
+    ``sums`` and ``surprises`` are from `lorapre.backends.triton.elements.totals`; ``sizes`` (n) becomes the size of a
+    row of L, at most, by which L is closed with a share of the old basis. The products are formed transposed, (columns, ranks) and (columns, rows): then
     what is wide goes along the 64 rows that Hopper's tensor cores want, tiles may be narrow, and several programs share
     a processor and hide each other's latency. Without SWEEPS there is no L, and nobody reads U and C. Where GIVEN,
     which does not sweep, U is the momentum X A itself, (p, q) in `lines_of` both, of one matrix after the other from
     ``first_given`` on, and W and v are all that is stepped; if LEAVE_G, G takes the momentum's place, as float32.
     """
-    R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     ALIGNED: tl.constexpr = (G_ORDER == ROWS_ALIGNED) | (G_ORDER == COLUMNS_ALIGNED)
-    pid = tl.program_id(0)
-    item = pid // R_BLOCKS
-    r_block = pid % R_BLOCKS
+    item = tl.program_id(0)
     matrix = tl.load(items + item * 2).to(tl.int64)
     tile = tl.load(items + item * 2 + 1)
     p = whole(whole(size_of(matrices, matrix, P), G_ORDER, COLUMNS_ALIGNED), W_ORDER, COLUMNS_ALIGNED)
@@ -214,7 +176,7 @@ def update(
     G_row_stride = size_of(matrices, matrix, G_ROW)
     G_col_stride = size_of(matrices, matrix, G_COL)
     cols = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    ranks = r_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    ranks = tl.arange(0, BLOCK_R)
     row = coefficients + matrix * WIDTH
     on = (tl.load(row + ON) != 0).to(tl.int32)
     live = p * on
@@ -255,14 +217,8 @@ def update(
     if GIVEN:
         width = lines_of(q)
         U_base = U + (matrix - first_given) * lines_of(p) * width
-    elif R_BLOCKS == 1:  # the loop below stores, so that the compiler would read it again in every turn
-        basis = tl.load(
-            A_base + (ranks[:, None] * q + cols[None, :]),
-            mask=(ranks < R)[:, None] & (cols < q)[None, :],
-            other=0.0,
-        ).to(tl.float32)
     else:
-        basis = A_base  # nobody reads it
+        basis = basis_in(A_base, ranks, cols, q, R)
 
     left = tl.zeros((BLOCK_Q, BLOCK_R), tl.float32)
     if not FULL:
@@ -275,11 +231,10 @@ def update(
     AHEAD: tl.constexpr = not ALIGNED and (G_TYPE != tl.float32)  # noqa: SIM300 (no constant)
     if AHEAD:
         coming_g = tl.load(tile_of(G_base, first, cols, G_row_stride, G_col_stride, G_ORDER), mask=inside, other=0.0)
-    if FULL:  # likewise, by those programs alone that write it
-        V_live = live * (r_block == 0).to(tl.int32)
+    if FULL:  # likewise
         coming_v = tl.load(
             tile_of(V_base, first, cols, V_row_stride, V_col_stride, V_ORDER),
-            mask=(first < V_live)[:, None] & (cols < q)[None, :],
+            mask=(first < live)[:, None] & (cols < q)[None, :],
             other=0.0,
         )
     for start in range(0, p, BLOCK_P):
@@ -296,7 +251,7 @@ def update(
             here_v = coming_v
             coming_v = tl.load(
                 tile_of(V_base, after, cols, V_row_stride, V_col_stride, V_ORDER),
-                mask=(after < V_live)[:, None] & (cols < q)[None, :],
+                mask=(after < live)[:, None] & (cols < q)[None, :],
                 other=0.0,
             )
         else:  # here, where nobody waits for it yet
@@ -323,46 +278,41 @@ def update(
             # With a factor, whatever it is, the product has G from registers. From shared memory it would have to lie
             # there transposed, written number by number, with eight of a warp's numbers in one bank.
             left = tl.dot(tl.trans(sign * g), tl.trans(u), left, input_precision=LEFT_PRECISION)
-        if (R_BLOCKS == 1) | (r_block == 0):
-            if GIVEN:
-                given_at = U_base + (rows[:, None] * width + cols[None, :])
-                m = signed * g + tl.load(given_at, mask=inside, other=0.0)
-                if LEAVE_G:
-                    tl.debug_barrier()  # all have read what is overwritten
-                    tl.store(given_at, g, mask=inside)
-            else:
-                momentum = tracked(
-                    X_base, A_base, basis, rows, cols, p, q, R, BLOCK_R, BLOCK_P, BLOCK_Q, MOMENTUM_PRECISION
-                )
-                m = signed * g + tl.trans(momentum)
-            if FULL:
-                v = beta2 * here_v.to(tl.float32) + (1.0 - beta2) * square
-                V_addresses = tile_of(V_base, rows, cols, V_row_stride, V_col_stride, V_ORDER)
-                tl.store(V_addresses, nearest(v, S_TYPE), mask=inside)
-                denominator = tl.sqrt(v * v_scale) + eps
-            else:
-                denominator = tl.sqrt(v[:, None] * v_col[None, :] + fresh * square) + eps
-            still = denominator <= eps  # where v is 0
-            if RELATIVE:
-                denominator = tl.maximum(denominator, TINY)
-            # 1 / x as the square of 1 / sqrt(x): two instructions, of which a division takes ten.
-            root = tl.rsqrt(denominator)
-            direction = m * (root * root)
-            if BOUNDED:
-                direction = tl.where(still, 0.0, tl.minimum(tl.maximum(direction, -limit), limit))
-            w = here.to(tl.float32) * decay - rate * direction
-            W_addresses = tile_of(W_base, rows, cols, W_row_stride, W_col_stride, W_ORDER)
-            new = rounded(w, seed, matrices, matrix, coefficients, rows, cols, q, W_TYPE, STOCHASTIC, ROUNDS)
-            tl.store(W_addresses, new, mask=inside)
+        if GIVEN:
+            given_at = U_base + (rows[:, None] * width + cols[None, :])
+            m = signed * g + tl.load(given_at, mask=inside, other=0.0)
+            if LEAVE_G:
+                tl.debug_barrier()  # all have read what is overwritten
+                tl.store(given_at, g, mask=inside)
+        else:
+            momentum = tracked(X_base, basis, ranks, rows, p, R, MOMENTUM_PRECISION)
+            m = signed * g + tl.trans(momentum)
+        if FULL:
+            v = beta2 * here_v.to(tl.float32) + (1.0 - beta2) * square
+            V_addresses = tile_of(V_base, rows, cols, V_row_stride, V_col_stride, V_ORDER)
+            tl.store(V_addresses, nearest(v, S_TYPE), mask=inside)
+            denominator = tl.sqrt(v * v_scale) + eps
+        else:
+            denominator = tl.sqrt(v[:, None] * v_col[None, :] + fresh * square) + eps
+        still = denominator <= eps  # where v is 0
+        if RELATIVE:
+            denominator = tl.maximum(denominator, TINY)
+        # 1 / x as the square of 1 / sqrt(x): two instructions, of which a division takes ten.
+        root = tl.rsqrt(denominator)
+        direction = m * (root * root)
+        if BOUNDED:
+            direction = tl.where(still, 0.0, tl.minimum(tl.maximum(direction, -limit), limit))
+        w = here.to(tl.float32) * decay - rate * direction
+        W_addresses = tile_of(W_base, rows, cols, W_row_stride, W_col_stride, W_ORDER)
+        new = rounded(w, seed, matrices, matrix, coefficients, rows, cols, q, W_TYPE, STOCHASTIC, ROUNDS)
+        tl.store(W_addresses, new, mask=inside)
 
     if SWEEPS:
         size_of_row = next_rows(
-            matrices, matrix, C, L, sums, A_base, basis, left, gain, ranks, cols, r_block, q, on,
-            R, BLOCK_R, BLOCK_Q, L_IN_STATE, ALIGNED, LEFT_PRECISION,
-        )  # fmt: skip
+            matrices, matrix, C, L, sums, basis, left, gain, ranks, cols, q, on, R, L_IN_STATE, ALIGNED, LEFT_PRECISION
+        )
         if tile == 0:
             tl.store(sizes + matrix, size_of_row)
     if not FULL:
-        first_of_ranks = (r_block == 0).to(tl.int32)
         average = v_col + (1.0 - beta2) * (tl.sum(squares, axis=0) / p - v_col)
-        tl.store(col_base + cols, nearest(average, S_TYPE), mask=cols < q * first_of_ranks * on)
+        tl.store(col_base + cols, nearest(average, S_TYPE), mask=cols < q * on)

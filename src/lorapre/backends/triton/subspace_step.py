@@ -70,13 +70,14 @@ class SubspaceStep(Step):
         self.r = buckets[0].view.rank
         self.full = "exp_avg_sq" in buckets[0].state
         self.blocks = table.blocks(table.PROJECT, self.r, self.G_dtype.itemsize)
-        self.update_blocks = table.blocks(table.UPDATE, self.r, max(self.G_dtype.itemsize, self.W_dtype.itemsize))
         self.by_torch = self.r > table.KERNEL_RANK
+        widest = max(self.G_dtype.itemsize, self.W_dtype.itemsize)
+        self.update_blocks = table.given_blocks() if self.by_torch else table.blocks(table.UPDATE, self.r, widest)
         self.sweeps = buckets[0].sweeps
         # m_B's place takes X, and m_A's takes L, where they can: nobody else needs them any more.
         narrow = self.S_dtype != torch.float32
         self.X_in_state = self.sweeps and not narrow and not self.by_torch  # else m_B holds the new one, or the old
-        self.L_in_state = not self.sweeps or (not narrow and self.update_blocks.rank >= self.r)
+        self.L_in_state = not self.sweeps or not narrow
         p = self.matrices.p
         self.U = self._empty(self.matrices.left)
         self.X = self.U if self.X_in_state else self._empty(self.matrices.left)

@@ -112,10 +112,10 @@ PROJECT: tuple[tuple[int, int, Blocks], ...] = (
 #: A program keeps ``cols`` columns of U^T G and of A and walks over the rows of G and W. Few rows at once: what counts
 #: is how many programs share a processor, three or four up to rank 64. 8 warps with 128 columns are as fast up to 64.
 UPDATE: tuple[tuple[int, int, Blocks], ...] = (
-    (32, 4, Blocks(16, 64, 128, 4, 3, 128)),
-    (64, 2, Blocks(16, 64, 128, 4, 3, 168)),
-    (64, 4, Blocks(16, 64, 128, 4, 3, 128)),
-    (MAX_RANK, 4, Blocks(16, 64, 128, 4, 3, 255)),
+    (32, 4, Blocks(16, 64, 0, 4, 3, 128)),
+    (64, 2, Blocks(16, 64, 0, 4, 3, 168)),
+    (64, 4, Blocks(16, 64, 0, 4, 3, 128)),
+    (KERNEL_RANK, 4, Blocks(16, 64, 0, 4, 3, 255)),
 )
 
 
@@ -240,8 +240,6 @@ def scratch_bytes(view: MatrixView, state_dtype: torch.dtype, *, sketched: bool 
     factors = p * r
     if state_dtype != torch.float32:
         factors += (p + q) * r
-    elif r > max(blocks.rank for _, _, blocks in UPDATE):
-        factors += q * r
     chunk = chunk_rows(r)
     squares = 4 + max(1, math.ceil(max(p, q) / chunk))
     return 4 * view.batch * (factors + squares * r * r + rest)
