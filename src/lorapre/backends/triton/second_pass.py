@@ -158,12 +158,13 @@ def update(
 ):
     """Pass 2 over G, a program a block of columns: W in place, L = C A + gain U^T G, and v_col one step on (FULL: v).
 
-    ``sums`` and ``surprises`` are from `lorapre.backends.triton.elements.totals`; ``sizes`` (n) becomes the size of a
-    row of L, at most, by which L is closed with a share of the old basis. The products are formed transposed, (columns, ranks) and (columns, rows): then
-    what is wide goes along the 64 rows that Hopper's tensor cores want, tiles may be narrow, and several programs share
-    a processor and hide each other's latency. Without SWEEPS there is no L, and nobody reads U and C. Where GIVEN,
-    which does not sweep, U is the momentum X A itself, (p, q) in `lines_of` both, of one matrix after the other from
-    ``first_given`` on, and W and v are all that is stepped; if LEAVE_G, G takes the momentum's place, as float32.
+    ``sums`` and ``surprises`` are from `lorapre.backends.triton.elements.totals`; ``sizes`` (n) becomes the size of
+    a row of L, at most, by which L is closed with a share of the old basis. The products are formed transposed,
+    (columns, ranks) and (columns, rows): then what is wide goes along the 64 rows that Hopper's tensor cores want,
+    tiles may be narrow, and several programs share a processor and hide each other's latency. Without SWEEPS there
+    is no L, and nobody reads U and C. Where GIVEN, which does not sweep, U is the momentum X A itself, (p, q) in
+    `lines_of` both, of one matrix after the other from ``first_given`` on, and W and v are all that is stepped; if
+    LEAVE_G, G takes the momentum's place, as float32.
     """
     ALIGNED: tl.constexpr = (G_ORDER == ROWS_ALIGNED) | (G_ORDER == COLUMNS_ALIGNED)
     item = tl.program_id(0)
