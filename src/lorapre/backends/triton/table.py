@@ -96,9 +96,8 @@ class Blocks:
 # from the L2 cache.
 
 # Most tiles up to rank 128 are the fastest of some 7 to 17 each, on an H100 80GB with torch 2.11 and Triton 3.6
-# (2026-11-28), in steps of Llama-1B's 168 matrices; timings of the same tile differ by 2 %. The kernels have changed
-# since (pass 1 waits for its products and takes a sketch along, pass 2 has G from registers). By the compiler's counts
-# alone are: pass 2, `apply_blocks` at 128, pass 1 of bfloat16 up to rank 32.
+# (2026-11-28), in steps of Llama-1B's 168 matrices; timings of the same tile differ by 2 %. By the compiler's counts
+# alone are `apply_blocks` at 128 and, above 128, pass 1 and the copies.
 
 #: A program keeps ``rows`` rows of G A^T and walks over the columns of G. The tile of A, ``rank`` x ``cols``, has to
 #: stay small, since several are in flight. 64 rows are what one wgmma takes; a third program on each processor is worth
