@@ -118,7 +118,7 @@ def test_auto_takes_the_kernels_where_muon_itself_was_measured(
 ) -> None:
     calls = []
     original = backend.open_step
-    monkeypatch.setattr(backend, "open_step", lambda *args: calls.append(1) or original(*args))
+    monkeypatch.setattr(backend, "open_step", lambda *args, **options: calls.append(1) or original(*args, **options))
     for measured, expected in (({}, 0), ({"muon": {device.type: 3}}, 0), ({"muon": {device.type: 4}}, 1)):
         calls.clear()
         monkeypatch.setattr(dispatch, "MEASURED", {"adamw": {device.type: 512}, "muon": {}, **measured})

@@ -62,6 +62,7 @@ class Bucket:
         sweeps: the bases of the factors move; else m_A stays, and m_B follows on it.
         enabled: a 0-d bool tensor on the device; where False, nothing changes (the gradients are not finite).
         rounding: of bfloat16 weights by chance; None rounds to nearest.
+        counters: of the steps taken, one a parameter, for the optimizer to advance.
         scratch: what its pieces take their p x q buffers from.
     """
 
@@ -74,7 +75,13 @@ class Bucket:
     sweeps: bool = True
     enabled: Tensor | None = None
     rounding: Rounding | None = None
+    counters: list[Tensor] = field(default_factory=list)
     scratch: Scratch = field(default_factory=Scratch, compare=False)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights, which are of one shape and dtype."""
+        return len(self.params) * self.params[0].numel() * self.params[0].element_size()
 
     def where(self, enabled: Tensor | None) -> Bucket:
         """The same with the mask ``enabled``, brought to the device; with its own where that is None."""

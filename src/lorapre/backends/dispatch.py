@@ -57,7 +57,7 @@ def open_step(jobs: Sequence[Job], layouts: Layouts) -> Opened:
     """
     parted = [(job, *_parted(job)) for job in jobs]
     work = [(by_kernels, job.hyper) for job, by_kernels, _ in parted if by_kernels]
-    opened = triton.open_step(work, layouts) if work else None
+    opened = triton.open_step(work, layouts, supported=True) if work else None
 
     def proceed(enabled: Tensor | None) -> None:
         if opened is not None:

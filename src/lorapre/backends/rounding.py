@@ -8,7 +8,7 @@ the work is cut, and the Triton kernels, which draw the same bits, round the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -51,7 +51,7 @@ class Rounding:
         return Rounding(self.seed, self.streams[which])
 
 
-def rounding_of(params: Sequence[Tensor], everyone: Sequence[Tensor], *, on: bool, seed: int) -> Rounding | None:
+def rounding_of(params: Sequence[Tensor], everyone: Iterable[Tensor], *, on: bool, seed: int) -> Rounding | None:
     """The `Rounding` of ``params``, of one dtype; None, to nearest, unless it is ``on`` and they are bfloat16.
 
     A parameter's stream is its place among ``everyone``, all parameters of the optimizer, by which a checkpoint knows

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count, takewhile
 from typing import Any, ClassVar, TypeAlias, cast, overload
 
 import torch
@@ -23,7 +23,8 @@ from lorapre.backends.opened import Opened
 from lorapre.backends.rounding import Rounding, rounding_of
 from lorapre.factors import Coefficient, Regressor
 from lorapre.optim.checks import check_options, check_rounding
-from lorapre.optim.gradients import Verdict, check_gradients, refuse_sparse
+from lorapre.optim.gathering import Alike, by_shape, gathered
+from lorapre.optim.gradients import Item, Verdict, check_gradients, refuse_sparse
 from lorapre.optim.late import LateVerdict, SettlingOptimizer
 from lorapre.optim.summary import OptimizerSummary, summarize
 from lorapre.routing import MatrixView, matrix_view, refuse_unsupported, state_dtype_of
@@ -94,15 +95,10 @@ class FactoredOptimizer(SettlingOptimizer):
     def _labelled_params(self, group: Group) -> Iterator[tuple[str, Tensor]]:
         """Pairs of (name, or index in the optimizer, as text) and parameter."""
         if "param_names" in group:
-            yield from zip(group["param_names"], group["params"], strict=True)
-            return
-        first = 0
-        for other in self.param_groups:
-            if other is group:
-                break
-            first += len(other["params"])
-        for offset, param in enumerate(group["params"]):
-            yield str(first + offset), param
+            return zip(group["param_names"], group["params"], strict=True)
+        before = takewhile(lambda other: other is not group, self.param_groups)
+        first = sum(len(other["params"]) for other in before)
+        return zip(map(str, count(first)), group["params"], strict=False)
 
     def summary(self) -> OptimizerSummary:
         """What is compressed and what is not, in tensors, numbers and bytes of state; prints as a table."""
@@ -258,35 +254,39 @@ class FactoredOptimizer(SettlingOptimizer):
         self.settle()
         self._check_graph_capture()
         loss = cast("float | None", run_closure(closure))
-        items = list(self._labels_with_grad())
-        refuse_sparse(type(self).__name__, items)
+        items, grads = self._items_with_grad()
+        refuse_sparse(type(self).__name__, items, grads)
         work: Work = []
         scratch = Scratch()
         dense_of: list[tuple[list[Tensor], Group]] = []
         for group in self.param_groups:
             dense: list[Tensor] = []
-            matrices: list[tuple[Tensor, MatrixView]] = []
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                view = self._view(param, group)
+            matrices: list[Alike] = []
+            for params in by_shape(param for param in group["params"] if param.grad is not None).values():
+                view = self._view(params[0], group)
                 if view is None:
-                    dense.append(param)
+                    dense += params
                 else:
-                    matrices.append((param, view))
+                    matrices.append((view, params))
             work += self._gathered(matrices, group, scratch)
             if dense:
                 dense_of.append((dense, group))
         opened = self._open(work)
         capturable = all(group["capturable"] for group in self.param_groups)
-        answer = check_gradients(type(self).__name__, items, opened, unread=capturable)
+        answer = check_gradients(type(self).__name__, items, grads, opened, unread=capturable)
         if answer is False:
             return loss
         mask = answer.enabled if isinstance(answer, Verdict) else None
         late: LateVerdict | None = None
         if isinstance(answer, Verdict) and not capturable:
             # Before the launches: it travels while the device works.
-            late = LateVerdict(answer, [self.state[param]["step"] for _, param, one in items if not one["capturable"]])
+            counters = [
+                one for buckets, group in work if not group["capturable"] for b in buckets for one in b.counters
+            ]
+            counters += [
+                self.state[param]["step"] for some, group in dense_of if not group["capturable"] for param in some
+            ]
+            late = LateVerdict(answer, counters)
         self._proceed(opened, work, mask)
         scratch.clear()
         for dense, group in dense_of:
@@ -294,39 +294,15 @@ class FactoredOptimizer(SettlingOptimizer):
         self._late = late
         return loss
 
-    def _step_matrices(self, matrices: list[tuple[Tensor, MatrixView]], group: Group, mask: Tensor | None) -> None:
+    def _step_matrices(self, matrices: list[Alike], group: Group, mask: Tensor | None) -> None:
         work = self._gathered(matrices, group, Scratch())
         self._proceed(self._open(work), work, mask)
 
-    def _gathered(self, matrices: list[tuple[Tensor, MatrixView]], group: Group, scratch: Scratch) -> Work:
-        """Bucket by everything that must be equal within a batch; the buckets of each device together."""
-        buckets: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
-        for param, view in matrices:
-            state = self.state[param]
-            # Counters on the device stay unread; a batch then carries one coefficient a matrix.
-            count = None if group["capturable"] else state["step"].item()
-            dtype = next(value.dtype for name, value in state.items() if name != "step")
-            # Steps are counted from 1, and the first one sweeps: a random basis tracks nothing.
-            sweeps = count is None or count % group.get("sweep_interval", 1) == 0
-            key = (view, param.shape, param.device, param.dtype, dtype, count, sweeps)
-            buckets[key].append(param)
-        by_device: dict[torch.device, list[Bucket]] = defaultdict(list)
-        for (view, *_, count, sweeps), params in buckets.items():
-            states = [self.state[param] for param in params]
-            steps = [state["step"] for state in states]
-            bucket = Bucket(
-                view=view,
-                params=params,
-                grads=[cast(Tensor, param.grad) for param in params],
-                state={key: [state[key] for state in states] for key in states[0] if key != "step"},
-                step=torch.stack(steps) + 1 if count is None else count + 1.0,
-                maximize=group["maximize"],
-                sweeps=sweeps,
-                rounding=self._rounding(params, group),
-                scratch=scratch,
-            )
-            by_device[params[0].device].append(bucket)
-        return [(together, group) for together in by_device.values()]
+    def _gathered(self, matrices: list[Alike], group: Group, scratch: Scratch) -> Work:
+        def rounding(params: list[Tensor]) -> Rounding | None:
+            return self._rounding(params, group)
+
+        return [(together, group) for together in gathered(matrices, group, self.state, rounding, scratch)]
 
     def _open(self, work: Work) -> Opened:
         """Begin the step of all matrices; here they are stepped bucket by bucket, and nothing is done before."""
@@ -342,15 +318,18 @@ class FactoredOptimizer(SettlingOptimizer):
         opened.proceed(mask)
         for buckets, group in work:
             for bucket in buckets:
-                steps = [self.state[param]["step"] for param in bucket.params]
+                steps = bucket.counters
                 if mask is None or not group["capturable"]:  # on the CPU, where nobody waits for the mask
-                    torch._foreach_add_(steps, 1.0)
-                else:  # as a list: given one tensor, the CUDA kernel asks the host for its value
-                    torch._foreach_add_(steps, [mask.to(steps[0].device, steps[0].dtype)] * len(steps))
+                    one = torch.ones_like(steps[0])
+                else:
+                    one = mask.to(steps[0].device, steps[0].dtype)
+                # As a list: given one tensor, the CUDA kernel asks the host for its value, and the CPU, given a number,
+                # makes a tensor of it for each counter.
+                torch._foreach_add_(steps, [one] * len(steps))
 
     def _rounding(self, params: list[Tensor], group: Group) -> Rounding | None:
         """How ``params`` of one dtype are rounded; None is to nearest."""
-        everyone = [param for other in self.param_groups for param in other["params"]]
+        everyone = (param for other in self.param_groups for param in other["params"])
         return rounding_of(params, everyone, on=group["stochastic_rounding"], seed=group["seed"])
 
     @staticmethod
@@ -375,11 +354,17 @@ class FactoredOptimizer(SettlingOptimizer):
                 "with capturable=True."
             )
 
-    def _labels_with_grad(self) -> Iterator[tuple[str, Tensor, Group]]:
+    def _items_with_grad(self) -> tuple[list[Item], list[Tensor]]:
+        """Every parameter that has a gradient, and these gradients."""
+        items: list[Item] = []
+        grads: list[Tensor] = []
         for group in self.param_groups:
             for label, param in self._labelled_params(group):
-                if param.grad is not None:
-                    yield label, param, group
+                grad = param.grad
+                if grad is not None:
+                    items.append((label, param, group))
+                    grads.append(grad)
+        return items, grads
 
 
 def run_closure(closure: Callable[[], Any] | None) -> Any:

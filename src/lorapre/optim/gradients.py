@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any, TypeAlias
 
 import torch
@@ -43,11 +44,16 @@ class Verdict:
 
     def bad(self, sizes: Tensor) -> list[Item]:
         """The items that are not finite, by ``sizes`` as they have arrived at the host."""
-        numbers = zip(self.places, sizes.isfinite().tolist(), strict=True)
+        finite = sizes.isfinite()
+        if finite.all():
+            return []
+        numbers = zip(self.places, finite.tolist(), strict=True)
         return [self.items[place] for place in sorted({place for place, finite in numbers if not finite})]
 
 
-def check_gradients(owner: str, items: list[Item], opened: Opened, *, unread: bool) -> Verdict | bool:
+def check_gradients(
+    owner: str, items: list[Item], grads: list[Tensor], opened: Opened, *, unread: bool
+) -> Verdict | bool:
     """Whether this step may be taken: every gradient is dense and finite.
 
     Where kernels take part the answer stays on the device, and the gradients that they have read are not read again.
@@ -56,6 +62,7 @@ def check_gradients(owner: str, items: list[Item], opened: Opened, *, unread: bo
     Args:
         owner: the optimizer's name, for messages.
         items: every parameter that has a gradient.
+        grads: these gradients. A verdict has none of them, which would live until it is read.
         opened: what has been begun with some of them.
         unread: leave the answer on the device in any case; a graph cannot wait for the host.
 
@@ -65,35 +72,39 @@ def check_gradients(owner: str, items: list[Item], opened: Opened, *, unread: bo
     Raises:
         NonFiniteGradientError: one is not finite in a group whose ``nonfinite`` is "raise".
     """
-    looked_at = [item for item in items if _grad(item).numel() > 0]
-    if not looked_at:
+    sizes = list(map(Tensor.numel, grads))
+    if not all(sizes):
+        items, grads = list(compress(items, sizes)), list(compress(grads, sizes))
+    if not items:
         return True
     if unread or opened.by_kernels:
-        verdict = _verdict(owner, looked_at, opened)
-        if unread or len(device_types(looked_at)) == 1:
+        verdict = _verdict(owner, items, grads, opened)
+        if unread or len(device_types(grads)) == 1:
             return verdict
         if verdict.enabled:
             return True
         report(owner, verdict.bad(verdict.sizes), "Nothing was changed")
         return False
-    if largest([_grad(item) for item in looked_at]).isfinite().all():
+    if largest(grads).isfinite().all():
         return True
-    for item in looked_at:
-        if not _grad(item).isfinite().all():
+    for item, grad in zip(items, grads, strict=True):
+        if not grad.isfinite().all():
             report(owner, [item], "Nothing was changed")
             break
     return False
 
 
-def device_types(items: list[Item]) -> set[str]:
+def device_types(grads: Iterable[Tensor]) -> set[str]:
     """Where the gradients are."""
-    return {_grad(item).device.type for item in items}
+    return {device.type for device in {grad.device for grad in grads}}
 
 
-def refuse_sparse(owner: str, items: list[Item]) -> None:
+def refuse_sparse(owner: str, items: list[Item], grads: list[Tensor]) -> None:
     """Raise ``RuntimeError`` for a gradient that is sparse."""
-    for label, param, _ in items:
-        if param.grad is not None and param.grad.layout != torch.strided:
+    if {grad.layout for grad in grads} <= {torch.strided}:
+        return
+    for (label, _, _), grad in zip(items, grads, strict=True):
+        if grad.layout != torch.strided:
             raise RuntimeError(
                 f"{owner} does not support sparse gradients (parameter {label!r}). Build its nn.Embedding with "
                 "sparse=False, or give the parameter to torch.optim.SparseAdam."
@@ -133,22 +144,15 @@ def largest(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([value.to(device, widest) for value in found])
 
 
-def _verdict(owner: str, items: list[Item], opened: Opened) -> Verdict:
+def _verdict(owner: str, items: list[Item], grads: list[Tensor], opened: Opened) -> Verdict:
     """The sums that ``opened`` has, and the largest magnitude of every gradient that it has not read."""
-    device = _grad(items[0]).device
-    read = {id(param) for param in opened.read}
-    at: dict[int, int] = {id(param): place for place, (_, param, _) in enumerate(items)}
+    device = grads[0].device
+    at = {id(param): place for place, (_, param, _) in enumerate(items)}
     sizes, places = [squares.to(device) for squares in opened.squares], [at[id(param)] for param in opened.read]
-    unseen = [place for place, (_, param, _) in enumerate(items) if id(param) not in read]
+    unseen = sorted(set(range(len(items))).difference(places))
     if unseen:
-        sizes.append(largest([_grad(items[place]) for place in unseen]).to(device))
+        sizes.append(largest([grads[place] for place in unseen]).to(device))
         places += unseen
     together = torch.cat(sizes) if len({size.dtype for size in sizes}) == 1 else torch.cat([s.double() for s in sizes])
     # None is negative, and nan is the largest of all.
     return Verdict(owner, items, together, places, together.amax() < float("inf"))
-
-
-def _grad(item: Item) -> Tensor:
-    grad = item[1].grad
-    assert grad is not None
-    return grad

@@ -8,6 +8,7 @@ from torch import Tensor
 from lorapre.backends.batches import Bucket, Piece
 from lorapre.factors import Coefficient
 from lorapre.optim.base import FactoredOptimizer, Group
+from lorapre.optim.gathering import by_shape
 from lorapre.routing import MatrixView
 
 
@@ -31,5 +32,5 @@ class MomentumOptimizer(FactoredOptimizer):
             self._step_piece(piece, group, lr)
 
     def _step_dense(self, params: list[Tensor], group: Group, mask: Tensor | None) -> None:
-        rows = [(param, MatrixView(1, 1, param.numel(), 0, stacked=False)) for param in params]
+        rows = [(MatrixView(1, 1, shape.numel(), 0, stacked=False), alike) for shape, alike in by_shape(params).items()]
         self._step_matrices(rows, group, mask)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from operator import attrgetter
 
 import torch
 
@@ -23,6 +24,8 @@ from lorapre.backends.triton import table
 from lorapre.backends.triton.layout import Layouts, place_of
 
 __all__ = ["Layouts", "cohorts", "open_step", "supports"]
+
+_dtype, _device = attrgetter("dtype"), attrgetter("device")
 
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -138,12 +141,13 @@ def _unsupported_by_adam(bucket: Bucket, hyper: AdamHyperparameters) -> str | No
 
 
 def _unsupported_tensor(bucket: Bucket) -> str | None:
+    """In every step, of every tensor: by sets, which are filled without a line of Python for each."""
     params, grads = bucket.params, bucket.grads
     for what, tensors in (("weights", params), ("gradients", grads), *bucket.state.items()):
         dtype = tensors[0].dtype
         if dtype not in _WEIGHTS:
             return f"{what} of dtype {dtype}"
-        if any(tensor.dtype != dtype or tensor.device != params[0].device for tensor in tensors):
+        if set(map(_dtype, tensors)) != {dtype} or set(map(_device, tensors)) != {params[0].device}:
             return f"{what} of several dtypes or devices"
     if len({tensors[0].dtype for tensors in bucket.state.values()}) > 1:
         return "a state of several dtypes"
@@ -151,7 +155,7 @@ def _unsupported_tensor(bucket: Bucket) -> str | None:
     for key, tensors in bucket.state.items():
         if key == "exp_avg_sq":  # it has the weights' strides
             matrices["second moments"] = tensors
-        elif any(not tensor.is_contiguous() for tensor in tensors):
+        elif not all(map(torch.Tensor.is_contiguous, tensors)):
             return "a state that is not contiguous"
     view = bucket.view
     for what, tensors in matrices.items():
@@ -181,7 +185,9 @@ def cohorts(buckets: Sequence[Bucket]) -> list[list[Bucket]]:
     return list(found.values())
 
 
-def open_step(work: Sequence[tuple[Sequence[Bucket], Hyperparameters]], layouts: Layouts) -> Opened:
+def open_step(
+    work: Sequence[tuple[Sequence[Bucket], Hyperparameters]], layouts: Layouts, *, supported: bool = False
+) -> Opened:
     """Begin one step of LoRA-Pre Adam or Muon for some buckets, each list of them with its options.
 
     See `lorapre.backends.triton.opening.open_cohorts`, and `lorapre.backends.triton.adamw.AdamStep`,
@@ -189,14 +195,18 @@ def open_step(work: Sequence[tuple[Sequence[Bucket], Hyperparameters]], layouts:
     result of ``proceed`` is that of `lorapre.backends.eager.lorapre_adamw` or
     `lorapre.backends.eager_muon.lorapre_muon` up to float32's rounding, and that of Newton-Schulz's dtype.
 
+    Args:
+        work: the matrices.
+        layouts: remembers addresses from step to step.
+        supported: the caller has asked `supports` of each bucket, which is not asked again.
+
     Raises:
         ValueError: `supports` gives a reason against one of them. Nothing has been launched then.
     """
-    for buckets, hyper in work:
-        for bucket in buckets:
-            reason = supports(bucket, hyper)
-            if reason is not None:
-                raise ValueError(f"This bucket cannot be stepped by the Triton kernels: {reason}.")
+    for bucket, hyper in () if supported else ((bucket, hyper) for buckets, hyper in work for bucket in buckets):
+        reason = supports(bucket, hyper)
+        if reason is not None:
+            raise ValueError(f"This bucket cannot be stepped by the Triton kernels: {reason}.")
     from lorapre.backends.triton.opening import Cohort, open_cohorts
 
     found = [Cohort(cohort, hyper) for buckets, hyper in work for cohort in cohorts(buckets)]

@@ -9,6 +9,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -60,8 +61,7 @@ class Place:
 
 def place_of(tensors: Sequence[Tensor], view: MatrixView) -> Place | None:
     """The strides that all ``tensors`` share as (batch, p, q), or None: they differ, or no strides describe it."""
-    strides = tensors[0].stride()
-    if any(tensor.stride() != strides for tensor in tensors):
+    if len(set(map(Tensor.stride, tensors))) > 1:
         return None
     try:
         return Place(*tensors[0].view(view.batch, view.p, view.q).stride())
@@ -93,6 +93,12 @@ class Matrices:
     @property
     def n(self) -> int:
         return len(self.p)
+
+    @cached_property
+    def by_kind(self) -> tuple[tuple[tuple[int, int, int], tuple[bool, ...]], ...]:
+        """The different ``kinds``, each with which matrices are of it: none is said where that is all of them."""
+        kinds = sorted(set(self.kinds))
+        return tuple((kind, tuple(one == kind for one in self.kinds) if len(kinds) > 1 else ()) for kind in kinds)
 
 
 @dataclass(frozen=True)
@@ -136,15 +142,18 @@ class Layouts:
         return len(self._made) + len(self._captured)
 
     def matrices(self, buckets: Sequence[Bucket]) -> Matrices:
-        """The table of all matrices of ``buckets``, which are on one device, of one rank and of one dtype each."""
+        """The table of all matrices of ``buckets``, which are on one device, of one rank and of one dtype each.
+
+        `lorapre.backends.triton.supports` has said that dtype and strides of a bucket's first tensors are those of all.
+        """
         addresses = tuple(
             tuple(
-                tuple(tensor.data_ptr() for tensor in tensors)
+                tuple(map(Tensor.data_ptr, tensors))
                 for tensors in (bucket.params, bucket.grads, *(bucket.state[key] for key in state_of(bucket)))
             )
             for bucket in buckets
         )
-        shapes = tuple((bucket.view, _streams(bucket), _places(bucket), _numels(bucket)) for bucket in buckets)
+        shapes = tuple((bucket.view, _streams(bucket), _forms(bucket), _numels(bucket)) for bucket in buckets)
         device = buckets[0].params[0].device
         return self._kept(("matrices", device, shapes, addresses), device, lambda: _matrices(buckets, addresses))
 
@@ -153,18 +162,18 @@ class Layouts:
         return self._kept(("work", device, sizes, block, chosen), device, lambda: _work(sizes, block, device, chosen))
 
     def _kept(self, key: tuple[Any, ...], device: torch.device, make: Callable[[], T]) -> T:
-        found: T | None = self._made.get(key)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             # What is made here is written when the graph is replayed, not before: no other step may read it.
-            found = self._captured.get(key) if found is None else found
-            found = self._captured[key] = make() if found is None else found
+            found: T | None = self._made.get(key, self._captured.get(key))
+            if found is None:
+                found = self._captured[key] = make()
             return found
-        if found is None:
-            found = self._made[key] = make()
-            if len(self._made) > self.limit:
-                self._made.popitem(last=False)
-        self._made.move_to_end(key)
-        return found
+        # Out and in again, as the latest: a key of all addresses is not to be compared more often than once.
+        found = self._made.pop(key, None)
+        self._made[key] = kept = make() if found is None else found
+        if len(self._made) > self.limit:
+            self._made.popitem(last=False)
+        return kept
 
 
 def state_of(bucket: Bucket) -> tuple[str, ...]:
@@ -186,16 +195,24 @@ def _streams(bucket: Bucket) -> tuple[int, ...]:
     return (0,) * len(bucket.params) if bucket.rounding is None else bucket.rounding.streams
 
 
-def _places(bucket: Bucket) -> tuple[Place, ...]:
-    """Of weights, gradients and a v in full, if there is one."""
+def _with_strides(bucket: Bucket) -> list[list[Tensor]]:
+    """Weights, gradients and a v in full, if there is one; all else is contiguous."""
+    return [bucket.params, bucket.grads, *(tensors for key, tensors in bucket.state.items() if key == "exp_avg_sq")]
+
+
+def _forms(bucket: Bucket) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
+    """What the table's distances and strides come from; the dtypes of a state are one."""
+    return tuple((tensors[0].dtype, tensors[0].stride()) for tensors in (*_with_strides(bucket), bucket.state["m_B"]))
+
+
+def _places(bucket: Bucket) -> list[Place]:
     places = []
-    whole = [bucket.state["exp_avg_sq"]] if "exp_avg_sq" in bucket.state else []
-    for tensors in (bucket.params, bucket.grads, *whole):
+    for tensors in _with_strides(bucket):
         place = place_of(tensors, bucket.view)
         if place is None:
             raise ValueError("weights, gradients or second moments are no matrices of one place")
         places.append(place)
-    return tuple(places)
+    return places
 
 
 def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[int]]]) -> Matrices:

@@ -83,9 +83,7 @@ class MuonStep(SubspaceStep):
             for bucket in self.buckets
             for _ in range(len(bucket.params) * bucket.view.batch)
         ]
-        limit = table.scratch_limit(
-            sum(param.numel() * param.element_size() for bucket in self.buckets for param in bucket.params)
-        )
+        limit = table.scratch_limit(sum(bucket.weight_bytes for bucket in self.buckets))
         first = 0
         kinds = [kind[:2] for kind in self.matrices.kinds]
         for (p, q, orders, key), run in groupby(zip(self.matrices.p, self.matrices.q, kinds, keys, strict=True)):

@@ -43,14 +43,7 @@ def open_cohorts(cohorts: Sequence[Cohort], layouts: Layouts) -> Opened:
         cohorts: of the whole optimizer step.
         layouts: remembers addresses from step to step.
     """
-    room = table.scratch_limit(
-        sum(
-            param.numel() * param.element_size()
-            for cohort in cohorts
-            for bucket in cohort.buckets
-            for param in bucket.params
-        )
-    )
+    room = table.scratch_limit(sum(bucket.weight_bytes for cohort in cohorts for bucket in cohort.buckets))
     begun: deque[SubspaceStep] = deque()
     later: list[tuple[Callable[[Sequence[Bucket], Hyperparameters], None], Sequence[Bucket], Hyperparameters]] = []
 

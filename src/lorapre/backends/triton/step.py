@@ -34,7 +34,7 @@ def turns(
     ``limit_of`` the bytes of all weights is the limit, `lorapre.backends.triton.table.scratch_limit` unless given.
     """
     limit_of = limit_of or table.scratch_limit
-    limit = limit_of(sum(param.numel() * param.element_size() for one in buckets for param in one.params))
+    limit = limit_of(sum(bucket.weight_bytes for bucket in buckets))
     turn: list[Bucket] = []
     used = 0
     for bucket in buckets:
@@ -95,7 +95,5 @@ class Step:
 
     def _kinds(self, sizes: tuple[int, ...], block: int) -> Iterator[tuple[tuple[int, int, int], Work]]:
         """The work of a pass, apart for each order of the numbers of W, of G and of a v in full."""
-        kinds = sorted(set(self.matrices.kinds))
-        for kind in kinds:
-            chosen = tuple(one == kind for one in self.matrices.kinds) if len(kinds) > 1 else ()
+        for kind, chosen in self.matrices.by_kind:
             yield kind, self._work(sizes, block, chosen)

@@ -94,11 +94,9 @@ class SubspaceStep(Step):
         self.parts = self._empty(self.project_rows.tiles * self.project_parts * elements.PART.value)
 
     @property
-    def matrix_params(self) -> Iterator[Tensor]:
+    def matrix_params(self) -> list[Tensor]:
         """The parameter of each of them."""
-        for bucket in self.buckets:
-            for param in bucket.params:
-                yield from [param] * bucket.view.batch
+        return [param for bucket in self.buckets for param in bucket.params for _ in range(bucket.view.batch)]
 
     def read(self) -> None:
         """The first pass."""
