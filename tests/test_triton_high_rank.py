@@ -176,3 +176,24 @@ def test_the_projector_is_that_on_the_rows_and_enlarges_nothing(weak: float, dev
     X = (exact * strength).float().to(device)
     found = X.mT @ row_bases.projector(row_bases.grams([X], "ieee")) @ X
     assert_close(found, exact.mT @ (exact * (1.0 - (1.0 - strength**2) ** 3)), 1e-5)
+
+
+def test_on_drifting_data_of_changing_scale_the_factors_stay_those_of_batched_torch(device: torch.device) -> None:
+    shapes: tuple[Shape, ...] = ((48, 72), (72, 48))
+    optimizer, expected = both(shapes, torch.float32, device, rank=20, lr=1e-3)
+    drawn = torch.Generator().manual_seed(0)
+    signals = [torch.zeros(shape) for shape in shapes]
+    for step in range(24):
+        if step % 4 == 0:
+            lows = [torch.randn(p, 6, generator=drawn) @ torch.randn(6, q, generator=drawn) for p, q in shapes]
+            signals = [0.5 * signal + low for signal, low in zip(signals, lows, strict=True)]
+        scale = 10.0 ** (4 * (step // 8 % 3) - 4)
+        noisy = [(signal + torch.randn(signal.shape, generator=drawn)) * scale for signal in signals]
+        for each in (optimizer, expected):
+            set_grads(params_of(each), [grad.to(device) for grad in noisy])
+            each.step()
+    for ours, theirs in zip(params_of(optimizer), params_of(expected), strict=True):
+        own, other = optimizer.state[ours], expected.state[theirs]
+        assert (own["m_A"] @ own["m_A"].mT - torch.eye(20, device=device)).abs().max() < 5e-6
+        assert_close(own["m_B"] @ own["m_A"], other["m_B"] @ other["m_A"], 1e-4)
+        assert_close(ours, theirs, 1e-4)
