@@ -173,7 +173,7 @@ def contestants(backends: tuple[str, ...] = ("auto",)) -> list[Contestant]:
 #: What ``--contestants`` takes, in order.
 KINDS: Mapping[str, Contestant] = {contestant.kind: contestant for contestant in contestants()}
 #: On a CPU others take seconds a step.
-CPU_KINDS = ("lorapre-adamw", "adamw-foreach", "sgd")
+CPU_KINDS = ("lorapre-adamw", "sweeps-4", "adamw-foreach", "sgd")
 
 
 def reference(module: nn.Module) -> Optimizer:
