@@ -30,6 +30,7 @@ CPU = torch.device("cpu")
 COMMITTED = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "step-time-cpu"
 #: The smallest run: one row takes milliseconds.
 TINY = ("--models", "llama-1m", "--rounds", "1", "--steps", "1", "--layers", "1")
+THREE = ("--contestants", "lorapre-adamw,adamw-foreach,sgd")
 
 
 def run(*arguments: str) -> None:
@@ -47,7 +48,7 @@ def row(**changes: Any) -> StepRow:
 
 
 def test_a_run_goes_on_with_the_rows_that_are_missing(tmp_path: Path) -> None:
-    run(*TINY, "--ranks", "8", "--out", str(tmp_path))
+    run(*TINY, *THREE, "--ranks", "8", "--out", str(tmp_path))
     first = read(tmp_path)
     assert [(one["optimizer"], one["rank"]) for one in first["rows"]] == [
         (REFERENCE, None), ("LoRAPreAdamW", 8), ("AdamW, foreach", None), ("SGD, fused", None)
@@ -59,11 +60,11 @@ def test_a_run_goes_on_with_the_rows_that_are_missing(tmp_path: Path) -> None:
     first["rows"][1]["step_ms"] = 123.0  # would not be found again by chance
     del first["rows"][3]
     (tmp_path / "step_time.json").write_text(json.dumps(first), encoding="utf-8")
-    run(*TINY, "--ranks", "8,16", "--out", str(tmp_path))
+    run(*TINY, *THREE, "--ranks", "8,16", "--out", str(tmp_path))
     second = read(tmp_path)["rows"]
     assert second[:3] == first["rows"]
     assert [(one["optimizer"], one["rank"]) for one in second[3:]] == [("LoRAPreAdamW", 16), ("SGD, fused", None)]
-    run(*TINY, "--ranks", "8", "--again", "LoRAPre", "--out", str(tmp_path))
+    run(*TINY, *THREE, "--ranks", "8", "--again", "LoRAPre", "--out", str(tmp_path))
     third = {(one["optimizer"], one["rank"]): one for one in read(tmp_path)["rows"]}
     assert len(third) == 5
     assert third["LoRAPreAdamW", 8]["step_ms"] != 123.0
@@ -88,7 +89,9 @@ def test_rows_are_written_as_they_are_made(tmp_path: Path, monkeypatch: pytest.M
 
 def test_no_row_begins_after_the_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(*TINY, "--ranks", "8", "--contestants", "lorapre-adamw", "--out", str(tmp_path))
-    command.main(time.monotonic() - 60, None, [*TINY, "--ranks", "8,16", "--budget", "59s", "--out", str(tmp_path)])
+    command.main(
+        time.monotonic() - 60, None, [*TINY, *THREE, "--ranks", "8,16", "--budget", "59s", "--out", str(tmp_path)]
+    )
     assert [one["rank"] for one in read(tmp_path)["rows"]] == [None, 8]
     assert "3 rows are left" in capsys.readouterr().out
 
