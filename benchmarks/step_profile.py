@@ -9,49 +9,35 @@ the device's, by torch.profiler, a mean of some steps, so that what lies between
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from step_time.clock import EXECUTED, traced
+from step_time.command import DTYPES, names, ranks
+from step_time.measure import WARM_UP, cycle
 from step_time.weights import Matrices, fitting_layers
 
 from lorapre import LoRAPreAdamW, param_groups
 from lorapre.lab.errors import UserError
+from lorapre.lab.models import LLAMAS
 from lorapre.lab.provenance import provenance
 from lorapre.lab.run_folder import write_json, write_text
 
-STEPS, WARM_UP = 5, 3
+STEPS = 5
 #: Kernels whose share is below it are summed up.
 LEAST_SHARE = 0.01
 REST = "others"
-
-
-def profiled(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The events of a chrome trace of ``STEPS`` steps after ``WARM_UP``."""
-    for _ in range(WARM_UP):
-        optimizer.step()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(STEPS):
-            optimizer.step()
-        torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(trace))
-        events: list[dict[str, Any]] = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    return events
 
 
 def kernels(events: Iterable[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
     """Milliseconds and launches a step by name of the kernel, the dearest first; small ones as `REST` at the end."""
     spent: dict[str, list[float]] = defaultdict(list)
     for event in events:
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+        if event.get("cat") in EXECUTED:
             spent[str(event["name"])].append(float(event["dur"]) / 1e3)
     total = sum(sum(times) for times in spent.values())
     rows, rest = [], list[float]()
@@ -91,22 +77,25 @@ def main(arguments: list[str] | None = None) -> None:
     """Profile, write."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, required=True)
-    made.add_argument("--model", default="llama-1b")
-    made.add_argument("--dtypes", default="float32,bfloat16")
+    made.add_argument("--model", default="llama-1b", choices=tuple(LLAMAS))
+    made.add_argument("--dtypes", default=",".join(DTYPES))
     made.add_argument("--ranks", default="16,64,128")
     made.add_argument("--backend", default="auto", choices=("auto", "triton", "eager"))
     given = made.parse_args(arguments)
+    dtypes, chosen = names("--dtypes", given.dtypes, DTYPES), ranks("--ranks", given.ranks, (given.model,))
     if not torch.cuda.is_available():
         raise UserError("No GPU is there, and what is profiled is a GPU's time. Run this on a machine that has one.")
     device = torch.device("cuda")
     memory = torch.cuda.get_device_properties(device).total_memory
     found = []
-    for dtype in given.dtypes.split(","):
+    for dtype in dtypes:
         kind = getattr(torch, dtype)
         module = Matrices(given.model, fitting_layers(given.model, kind, memory), kind, device)
-        for rank in map(int, given.ranks.split(",")):
+        for rank in chosen:
             optimizer = LoRAPreAdamW(param_groups(module), 1e-5, rank, backend=given.backend)
-            rows = kernels(profiled(optimizer), STEPS)
+            for _ in range(WARM_UP):
+                optimizer.step()
+            rows = kernels(traced(cycle(optimizer.step, STEPS)), STEPS)
             ms = round(sum(row["ms"] for row in rows), 4)
             found.append({"model": given.model, "dtype": dtype, "rank": rank, "ms": ms, "kernels": rows})
             del optimizer
@@ -115,6 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_json(given.out / "profile.json", {"profiles": found, "provenance": origin})
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     command = f"python benchmarks/step_profile.py --model {given.model} --dtypes {given.dtypes} --ranks {given.ranks}"
+    command += "" if given.backend == "auto" else f" --backend {given.backend}"
     tail = f"{origin['hardware']}, {origin['date'][:10]}, {versions}; `{command}`."
     write_text(given.out / "profile.md", f"{table(found)}\n\n{tail}\n")
     print(table(found))

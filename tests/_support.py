@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +82,34 @@ def train(optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> None:
     for step in range(steps):
         set_grads(params, random_grads(params, 7919 * seed + step))
         optimizer.step()
+
+
+def assert_replays_have_the_bits_of_launches(
+    launched: torch.optim.Optimizer, captured: torch.optim.Optimizer, feed: Callable[[Any, int], None], *, steps: int
+) -> None:
+    """``captured`` takes three steps, is captured in a CUDA graph and replayed; ``feed`` sets a step's gradients."""
+    for optimizer in (launched, captured):
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.zeros_like(param)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for number in range(3):
+            feed(captured, number)
+            captured.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for number in range(steps):
+        feed(launched, number)
+        launched.step()
+        if number >= 3:
+            feed(captured, number)
+            graph.replay()
+    torch.cuda.synchronize()
+    assert_same_bits(snapshot(captured), snapshot(launched))
 
 
 def snapshot(optimizer: torch.optim.Optimizer) -> list[Any]:

@@ -18,6 +18,7 @@ from _contract import (
 )
 from _support import (
     assert_close,
+    assert_replays_have_the_bits_of_launches,
     assert_same_bits,
     make_params,
     random_grads,
@@ -107,9 +108,6 @@ def test_a_captured_graph_replays_the_bits_of_eager_launches(kind: Kind, device:
     lr = torch.tensor(1e-2, device=device)
     eager_run = build(kind, device, shapes=shapes, capturable=True, lr=lr.clone())
     captured = build(kind, device, shapes=shapes, capturable=True, lr=lr.clone())
-    for optimizer in (eager_run, captured):
-        for param in params_of(optimizer):
-            param.grad = torch.zeros_like(param)
 
     def feed(optimizer: Any, step: int) -> None:
         for param, grad in zip(params_of(optimizer), random_grads(params_of(optimizer), step), strict=True):
@@ -118,24 +116,7 @@ def test_a_captured_graph_replays_the_bits_of_eager_launches(kind: Kind, device:
             params_of(optimizer)[0].grad[0, 0] = torch.nan
         optimizer.param_groups[0]["lr"].fill_(1e-2 / (1 + step))
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for step in range(3):
-            feed(captured, step)
-            captured.step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured.step()
-    for step in range(10):
-        feed(eager_run, step)
-        eager_run.step()
-        if step >= 3:
-            feed(captured, step)
-            graph.replay()
-    torch.cuda.synchronize()
-    assert_same_bits(snapshot(captured), snapshot(eager_run))
+    assert_replays_have_the_bits_of_launches(eager_run, captured, feed, steps=10)
 
 
 @every_kind

@@ -14,6 +14,7 @@ from _formulas import MomentumRun
 from _support import (
     Shape,
     assert_close,
+    assert_replays_have_the_bits_of_launches,
     assert_same_bits,
     gradients,
     make_params,
@@ -275,9 +276,6 @@ def test_a_captured_graph_replays_the_bits_of_eager_launches(device: torch.devic
         pytest.skip("needs CUDA graphs")
     shapes: tuple[Shape, ...] = (*PAIR, (3, 32, 48), (7,))
     launched, captured = (build(shapes, device, capturable=True, ns_dtype=None) for _ in range(2))
-    for optimizer in (launched, captured):
-        for param in params_of(optimizer):
-            param.grad = torch.zeros_like(param)
 
     def feed(optimizer: Any, number: int) -> None:
         for param, grad in zip(params_of(optimizer), random_grads(params_of(optimizer), number), strict=True):
@@ -285,21 +283,4 @@ def test_a_captured_graph_replays_the_bits_of_eager_launches(device: torch.devic
         if number == 4:
             params_of(optimizer)[0].grad[0, 0] = torch.nan
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for number in range(3):
-            feed(captured, number)
-            captured.step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured.step()
-    for number in range(6):
-        feed(launched, number)
-        launched.step()
-        if number >= 3:
-            feed(captured, number)
-            graph.replay()
-    torch.cuda.synchronize()
-    assert_same_bits(snapshot(captured), snapshot(launched))
+    assert_replays_have_the_bits_of_launches(launched, captured, feed, steps=6)

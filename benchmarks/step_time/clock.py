@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ Rounds = list[list[float]]
 
 #: Kineto's names of what a stream executes.
 _KERNEL, _COPIES = "kernel", ("gpu_memcpy", "gpu_memset")
+EXECUTED = (_KERNEL, *_COPIES)
 
 
 def each_step(step: Step, count: int, device: torch.device) -> list[float]:
@@ -92,6 +94,11 @@ class Launches:
 
 def launches(step: Step) -> Launches | None:
     """What the GPU executes for one step, by the profiler; None where it saw nothing."""
+    return counted(traced(step))
+
+
+def traced(step: Step) -> list[dict[str, Any]]:
+    """The events of the profiler's chrome trace of ``step``, on the GPU, with what the host does for them."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
@@ -99,10 +106,11 @@ def launches(step: Step) -> Launches | None:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(trace))
-        return counted(json.loads(trace.read_text(encoding="utf-8"))["traceEvents"])
+        events: list[dict[str, Any]] = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    return events
 
 
-def counted(events: list[dict[str, object]]) -> Launches | None:
+def counted(events: list[dict[str, Any]]) -> Launches | None:
     """Of a chrome trace: the host's calls and the ranges of ``record_function`` lie in it too, and are no launches."""
     kernels = [event["name"] for event in events if event.get("cat") == _KERNEL]
     copies = sum(event.get("cat") in _COPIES for event in events)

@@ -103,9 +103,8 @@ def _others(axes: Any, rows: list[StepRow]) -> None:
         else:
             points = [(row.rank, row.ratio_to_fused_adamw) for row in own]
             marker = MARKERS[(4 + number) % len(MARKERS)][0]
-            ours = (
-                {"markerfacecolor": "white"} if name.startswith("LoRAPre") else {}
-            )  # filled is the line of the default
+            # Filled is the line of the default.
+            ours = {"markerfacecolor": "white"} if name.startswith("LoRAPre") else {}
             axes.plot(*zip(*points, strict=True), linestyle="none", color=colour, marker=marker, label=label, **ours)
 
 

@@ -48,10 +48,10 @@ def fira_scaled_step(piece: Piece, hyper: AdamHyperparameters, before: Tensor | 
     v, piece["v_row"], piece["v_col"] = factors.rank1_second_moment(
         piece["v_row"], piece["v_col"], G, hyper.beta2, 1.0 - hyper.beta2, 1.0 - hyper.beta2**piece.step
     )
-    denominator = v.sqrt()
-    surprise = (G / denominator.clamp(min=torch.finfo(v.dtype).tiny)).square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    tiny, denominator = torch.finfo(v.dtype).tiny, v.sqrt()
+    surprise = (G / denominator.clamp(min=tiny)).square().mean(dim=(-2, -1), keepdim=True).sqrt()
     denominator = denominator + hyper.eps * v.mean(dim=(-2, -1), keepdim=True).sqrt()
-    denominator = denominator.clamp(min=torch.finfo(v.dtype).tiny)
+    denominator = denominator.clamp(min=tiny)
     B, A = piece["m_B"], piece["m_A"]
     left = hyper.regressor.project(A, G)
     projected = torch.bmm(left, A)
@@ -60,12 +60,12 @@ def fira_scaled_step(piece: Piece, hyper: AdamHyperparameters, before: Tensor | 
     limit = factors.update_bound(hyper.beta2)
     tracked = tracked.clamp(-limit, limit)
     side = -2 if G.shape[-2] <= G.shape[-1] else -1
-    ratio = _norm(tracked, side) / _norm(projected, side).clamp(min=torch.finfo(v.dtype).tiny)
+    ratio = _norm(tracked, side) / _norm(projected, side).clamp(min=tiny)
     residual = (G - projected) * ratio
     norm = _norm(residual, (-2, -1))
     if before is not None:
         allowed = torch.where(before > 0, before * MOST_GROWTH, norm)
-        residual = residual * (allowed / norm.clamp(min=torch.finfo(v.dtype).tiny)).clamp(max=1.0)
+        residual = residual * (allowed / norm.clamp(min=tiny)).clamp(max=1.0)
         norm = torch.minimum(norm, allowed)
     piece["m_B"], piece["m_A"] = hyper.regressor.advance(B, A, G, left, decay=beta1, gain=1.0 - beta1)
     update = (tracked + residual * gain) / max(1.0, gain)
@@ -79,7 +79,7 @@ def _norm(X: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     return torch.linalg.vector_norm(X, dim=dim, keepdim=True)
 
 
-#: By the names that `study.profiles.prototype` gives contestants.
+#: By the names that stand after `study.profiles.AS`.
 PROTOTYPES: Mapping[str, type[LoRAPreAdamW]] = {
     "fira-scaled": FiraScaled,
 }

@@ -64,8 +64,8 @@ class LoRAPreAdamW(BackedOptimizer):
             mean square 1. Outside the subspace the gradient is not averaged, and a direction in which it turns round
             from step to step would grow. None switches it off.
         scale: multiplies the update of compressed matrices, not their weight decay; GaLore and the paper use 0.25.
-        backend: "triton" steps compressed matrices by kernels that hold no temporary of a matrix's size, "eager" in
-            batched torch; "auto" takes the kernels where `lorapre.backends.dispatch.MEASURED` says so.
+        backend: "triton" steps compressed matrices by kernels, which up to rank 128 hold no temporary of a matrix's
+            size, "eager" in batched torch; "auto" takes the kernels where `lorapre.backends.dispatch.MEASURED` says so.
         view_3d: a 3-D weight is a "stack" of matrices, or to be flattened to (out, in * kernel): "flatten".
         state_dtype: dtype of the state; None is the parameter's own, but at least float32.
         stochastic_rounding: round new bfloat16 weights up or down by chance, drawn from ``seed``, the step and the

@@ -1,5 +1,5 @@
 """LoRA-Pre Adam and Muon as Triton kernels: two passes over the gradients, with no scratch of a matrix's size but
-Newton-Schulz's.
+Newton-Schulz's and, above rank 128, the momentum of some matrices at a time.
 
 The defaults of `lorapre.LoRAPreAdamW` and of `lorapre.LoRAPreMuon`, and the paper preset of the first, each with what
 differs little from it.
@@ -203,10 +203,12 @@ def open_step(
     Raises:
         ValueError: `supports` gives a reason against one of them. Nothing has been launched then.
     """
-    for bucket, hyper in () if supported else ((bucket, hyper) for buckets, hyper in work for bucket in buckets):
-        reason = supports(bucket, hyper)
-        if reason is not None:
-            raise ValueError(f"This bucket cannot be stepped by the Triton kernels: {reason}.")
+    if not supported:
+        for buckets, hyper in work:
+            for bucket in buckets:
+                reason = supports(bucket, hyper)
+                if reason is not None:
+                    raise ValueError(f"This bucket cannot be stepped by the Triton kernels: {reason}.")
     from lorapre.backends.triton.opening import Cohort, open_cohorts
 
     found = [Cohort(cohort, hyper) for buckets, hyper in work for cohort in cohorts(buckets)]

@@ -280,9 +280,7 @@ def left_factors(
 
 
 @triton.jit
-def advance_v_row(
-    matrices, items, coefficients, row_sums, beta2, S_TYPE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def advance_v_row(matrices, items, coefficients, row_sums, beta2, S_TYPE: tl.constexpr, BLOCK: tl.constexpr):
     """v_row one step on, where that is enabled; for steps that do not `finish`."""
     item = tl.program_id(0)
     matrix = tl.load(items + item * 2).to(tl.int64)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -161,35 +161,22 @@ def _next_rows(step: AdamStep, chunk: Chunk, C: Tensor, sizes: Tensor) -> Tensor
 
 def _gather(step: AdamStep, chunk: Chunk, column: int) -> Tensor:
     """The factors whose addresses are in ``column`` of the layout's table, as float32 (n, height, width)."""
-    rows, columns, height, width = chunk.sides(column)
-    batch = step.U.new_empty((chunk.n, height, width))
-    block = table.COPY
-    copies.gather[(chunk.n * math.ceil(height / block.rows) * math.ceil(width / block.cols),)](
-        step.matrices.table,
-        batch,
-        chunk.at.start,
-        rows,
-        columns,
-        height,
-        width,
-        COLUMN=column,
-        TYPE=TYPES[step.S_dtype],
-        ALIGNED=_aligned(step, chunk),
-        BLOCK_P=block.rows,
-        BLOCK_Q=block.cols,
-        **table.launch(block),
-    )
+    batch = step.U.new_empty((chunk.n, *chunk.sides(column)[2:]))
+    _copy(step, chunk, column, copies.gather, batch)
     return batch
 
 
 def _scatter(step: AdamStep, chunk: Chunk, batch: Tensor, column: int) -> None:
     """The inverse of `_gather`, where the step is enabled."""
+    _copy(step, chunk, column, copies.scatter, step.coefficients, batch)
+
+
+def _copy(step: AdamStep, chunk: Chunk, column: int, kernel: Any, *tensors: Tensor) -> None:
     rows, columns, height, width = chunk.sides(column)
     block = table.COPY
-    copies.scatter[(chunk.n * math.ceil(height / block.rows) * math.ceil(width / block.cols),)](
+    kernel[(chunk.n * math.ceil(height / block.rows) * math.ceil(width / block.cols),)](
         step.matrices.table,
-        step.coefficients,
-        batch,
+        *tensors,
         chunk.at.start,
         rows,
         columns,
