@@ -13,8 +13,9 @@ in processes that stay, because starting and compiling take as long as a short r
 
 ``rows.jsonl`` gets a line when a run ends, so that a session may be ended at any time. A run that would not fit into
 ``--budget`` is not begun; what still runs when it is over is stopped. ``--stages`` says what to make, the most urgent
-first: ``rates`` the searches, ``seeds`` more seeds, ``larger`` models, ``long`` runs, and ``half``, the last two at
-half the best rate. ``--profile tiny`` is for a machine without a GPU, to try the script itself.
+first: ``rates`` the searches, ``seeds`` more seeds, ``larger`` models with searches of their own, ``larger-seeds``,
+``long`` runs at the best rate and, as ``half``, at half of it. ``--profile tiny`` is for a machine without a GPU, to
+try the script itself.
 """
 
 import sys

@@ -13,8 +13,8 @@ from study.profiles import Profile
 MOST_RATES = 8
 
 #: In the order of their urgency, unless the command line says another. "half" is half of the best rate, for the runs of
-#: "larger" and "long".
-STAGES = ("rates", "seeds", "larger", "long", "half")
+#: "long"; "larger-seeds" follow the searches on larger models.
+STAGES = ("rates", "seeds", "larger", "larger-seeds", "long", "half")
 
 
 class Key(NamedTuple):
@@ -72,16 +72,26 @@ def rounded(lr: float) -> float:
     return float(f"{lr:.6g}")
 
 
-def search(profile: Profile, contestant: str, losses: Losses, failed: Collection[Key] = ()) -> Search:
+def search(
+    profile: Profile,
+    contestant: str,
+    losses: Losses,
+    failed: Collection[Key] = (),
+    *,
+    model: str | None = None,
+    first: Sequence[float] | None = None,
+) -> Search:
     """The state of a contestant's search; a rate that ``failed`` has no loss, is not made, and ends the grid there.
 
-    Where all rates diverged they were too high: the grid grows downwards.
+    Where all rates diverged they were too high: the grid grows downwards. ``model`` and the ``first`` rates are the
+    profile's unless they are given.
     """
 
     def key(rate: float) -> Key:
-        return Key(profile.model, profile.tokens, contestant, rate, profile.seeds[0])
+        return Key(model or profile.model, profile.tokens, contestant, rate, profile.seeds[0])
 
-    rates = {rounded(rate) for rate in profile.rates[contestant]}
+    first = profile.rates[contestant] if first is None else first
+    rates = {rounded(rate) for rate in first}
     rates |= {known.lr for known in losses if known == key(known.lr)}
     while True:
         tried = {rate: losses[key(rate)] for rate in sorted(rates) if key(rate) in losses}
@@ -131,14 +141,20 @@ def wanted(
         for contestant in profile.finalists:
             if contestant in best:
                 runs.append(Run("seeds", profile.model, profile.tokens, contestant, best[contestant], seed))
-    elsewhere = [("larger", model, profile.tokens, profile.confirmed) for model in profile.larger]
-    elsewhere += [("long", profile.model, profile.long_tokens, profile.long)]
-    for share in (1.0, 0.5):
-        for stage, model, tokens, contestants in elsewhere:
-            for contestant in contestants:
-                if contestant in best:
-                    name = stage if share == 1 else "half"
-                    runs.append(Run(name, model, tokens, contestant, rounded(best[contestant] * share), first))
+    for model in profile.larger:
+        for contestant in profile.confirmed:
+            if contestant not in best:
+                continue
+            found = search(profile, contestant, losses, failed, model=model, first=(best[contestant],))
+            runs += [Run("larger", model, profile.tokens, contestant, rate, first) for rate in found.rates]
+            if found.best is not None and contestant in profile.repeated:
+                for seed in profile.seeds[1:]:
+                    runs.append(Run("larger-seeds", model, profile.tokens, contestant, found.best, seed))
+    for stage, share in (("long", 1.0), ("half", 0.5)):
+        for contestant in profile.long:
+            if contestant in best:
+                lr = rounded(best[contestant] * share)
+                runs.append(Run(stage, profile.model, profile.long_tokens, contestant, lr, first))
     unmade: dict[Key, Run] = {}
     for run in runs:
         if run.stage in stages and run.key not in losses and run.key not in running and run.key not in failed:

@@ -45,8 +45,9 @@ class Profile:
         seeds: for finalists; the first one is that of all other runs.
         long: contestants that are trained on ``long_tokens`` too, at their best rate and at half of it.
         long_tokens: of such a run.
-        larger: models on which ``confirmed`` run, at the best rate and at half of it.
+        larger: models on which ``confirmed`` run, in a grid of their own that begins with the search's best rate.
         confirmed: contestants for larger models.
+        repeated: of them, those that get more seeds there.
         batch_size: sequences a step.
         sequence_length: tokens of a sequence.
         valid_tokens: of the validation text, in whole sequences.
@@ -67,6 +68,7 @@ class Profile:
     long_tokens: int = 300_000_000
     larger: tuple[str, ...] = ()
     confirmed: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
     batch_size: int = 128
     sequence_length: int = 256
     valid_tokens: int = 250_000
@@ -91,6 +93,11 @@ class Profile:
 
 
 DEFAULT, DEFAULT_LOW = _adam(4.0, "1/4", spectral=3.0), _adam(4.0, "1/32", spectral=3.0)
+#: The same with bases that rest for three steps of four.
+RESTING = (
+    _adam(4.0, "1/4", "+sweep_interval=4", spectral=3.0),
+    _adam(4.0, "1/32", "+sweep_interval=4", spectral=3.0),
+)
 FINALISTS = ("adamw", "muon", DEFAULT, DEFAULT_LOW, _muon(4.0, "1/4"), _muon(4.0, "1/32"))
 
 MAIN = Profile(
@@ -127,14 +134,15 @@ MAIN = Profile(
         _adam(4.0, "1/4", "+second_moment=full"): (4e-3,),
         _adam(4.0, "1/4", "+second_moment=hadamard"): (4e-3,),
         _adam(4.0, "1/4", "+state_dtype=bfloat16"): (4e-3,),
-        _adam(4.0, "1/4", "+sweep_interval=4", spectral=3.0): (4e-3,),
-        _adam(4.0, "1/32", "+sweep_interval=4", spectral=3.0): (2e-3,),
+        RESTING[0]: (4e-3,),
+        RESTING[1]: (2e-3,),
         _adam(4.0, "1/4", "+sweep_interval=16", spectral=3.0): (4e-3,),
     },
-    finalists=FINALISTS,
+    finalists=(*FINALISTS, *RESTING),
     long=FINALISTS,
     larger=("llama-60m", "llama-130m"),
-    confirmed=FINALISTS,
+    confirmed=(*FINALISTS, *RESTING),
+    repeated=("adamw", "muon", DEFAULT, DEFAULT_LOW, *RESTING, _muon(4.0, "1/4")),
 )
 
 #: Many variants at a quarter of the length and half of the batch: which of them are worth full runs.

@@ -24,8 +24,9 @@ EDGE = "†"
 NOTES = """
 The final loss is on the whole validation text, in nats a token. Each contestant is at the rate with the lowest loss of
 the first seed; where more seeds were run at it, the loss is their mean, and ± the largest minus the smallest. † marks a
-search that ended with its best rate at the edge of those tried. Longer runs and larger models were made at the best
-rate of the search and at half of it. Rates are those of the matrices; all else is trained by AdamW at {dense_lr:g}.
+search that ended with its best rate at the edge of those tried. On larger models the search begins at the best rate of
+the first one; longer runs were made at that rate and at half of it. Rates are those of the matrices; all else is
+trained by AdamW at {dense_lr:g}.
 Update 5: root mean square and largest element of the fifth update of the matrices, divided by the learning rate.
 Largest rise: how far the training loss rose above the mean of the 20 steps before it, after step 60.
 
@@ -39,7 +40,7 @@ def write_tables(rows: Rows, profile: Profile, folder: Path) -> None:
     parts = []
     for model, tokens in rows.settings():
         best = sorted(rows.best(model, tokens).items(), key=lambda item: item[1].mean)
-        searched = (model, tokens) == (profile.model, profile.tokens)
+        searched = tokens == profile.tokens
         lines = [_line(contestant, found, searched=searched) for contestant, found in best]
         parts.append(f"## {model}, {tokens / 1e6:.3g} million tokens\n\n{HEADER}" + "".join(lines))
     last = rows.all[-1]

@@ -37,20 +37,22 @@ def random_norm(p: int, q: int) -> float:
     return float(p**0.5 + q**0.5)
 
 
-def norm(M: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def norm(M: Tensor, rows: Tensor, columns: Tensor, signs: Tensor | None = None) -> Tensor:
     """Estimated largest singular value (n, 1, 1) of M (n, p, q) over the root of a second moment of rank 1.
 
     Args:
         M: what an update is before it is divided by the root of v.
         rows: (n, p, 1), mean squares of the gradient by row.
         columns: (n, 1, q), mean squares by column, of any scale; where they are all 0 they count as equal.
+        signs: `random_signs` of M's q, dtype and device, where they are at hand.
     """
     _, p, q = M.shape
     mean = columns.mean(dim=-1, keepdim=True)
     even = torch.where(mean > 0, columns / mean, 1.0).clamp_(min=LEAST_COLUMN)
-    signs = random_signs(q, M.dtype, M.device) * even.rsqrt_().mT  # (n, q, 16)
+    signs = random_signs(q, M.dtype, M.device) if signs is None else signs
+    weighted = signs * even.rsqrt_().mT  # (n, q, 16)
     scale = torch.where(rows > 0, rows.rsqrt(), 0.0)
-    sketch = torch.bmm(M, signs).mul_(scale)  # (n, p, 16)
+    sketch = torch.bmm(M, weighted).mul_(scale)  # (n, p, 16)
     return norm_of_products(torch.bmm(sketch.mT, sketch), p, q)
 
 

@@ -138,17 +138,30 @@ def test_finalists_get_the_other_seeds_at_their_best_rate() -> None:
     ]
 
 
-def test_long_and_larger_runs_are_made_at_the_best_rate_and_at_half_of_it() -> None:
+def test_long_runs_are_made_at_the_best_rate_and_at_half_of_it_and_larger_models_begin_with_it() -> None:
     runs = wanted(SMALL, A | B)
     told = [(run.stage, run.model, run.tokens, run.contestant, run.lr) for run in runs if run.stage != "seeds"]
     assert told == [
         ("larger", "large", 100, "b", 1.0),
         ("larger", "large", 100, "a", 2.0),
         ("long", "small", 500, "a", 2.0),
-        ("half", "large", 100, "b", 0.5),
-        ("half", "large", 100, "a", 1.0),
         ("half", "small", 500, "a", 1.0),
     ]
+
+
+def test_a_larger_model_has_a_search_of_its_own_and_then_more_seeds_of_those_that_are_repeated() -> None:
+    profile = replace(SMALL, repeated=("a",))
+
+    def told(large: dict[Key, float]) -> list[tuple[str, str, float, int]]:
+        runs = wanted(profile, A | B | large, stages=("larger", "larger-seeds"))
+        return [(run.stage, run.contestant, run.lr, run.seed) for run in runs]
+
+    at_b = losses("b", {0.5: 3.2, 1.0: 3.0, 2.0: 3.1}, model="large")
+    assert told(at_b) == [("larger", "a", 2.0, 0)]  # b is not repeated
+    assert told(at_b | losses("a", {2.0: 3.0}, model="large")) == [("larger", "a", 4.0, 0)]
+    assert told(at_b | losses("a", {2.0: 3.0, 4.0: 3.1}, model="large")) == [("larger", "a", 1.0, 0)]
+    done = at_b | losses("a", {0.5: 3.2, 1.0: 2.9, 2.0: 3.0, 4.0: 3.1}, model="large")
+    assert told(done) == [("larger-seeds", "a", 1.0, 1), ("larger-seeds", "a", 1.0, 2)]
 
 
 def test_stages_are_made_in_the_order_that_is_given_and_others_not_at_all() -> None:

@@ -176,6 +176,10 @@ class Piece:
             update.masked_fill_(~self.enabled, 0.0)  # 0 / 0, which no factor of 0 repairs
         parts = list(update.view(len(params), *params[0].shape).unbind(0))
         if params[0].dtype == update.dtype:
+            if self._device.type == "cpu" and isinstance(decay, float):
+                for param, part in zip(params, parts, strict=True):  # in one pass over the weights instead of two
+                    torch.add(part, param, alpha=decay, out=param)
+                return
             if isinstance(decay, Tensor) or decay != 1.0:
                 torch._foreach_mul_(params, decay)
             torch._foreach_add_(params, parts)
@@ -184,7 +188,10 @@ class Piece:
             scratch = torch.empty_like(update, memory_format=torch.contiguous_format)
         wide = scratch.view(len(params), *params[0].shape)
         torch._foreach_copy_(list(wide.unbind(0)), params)
-        wide.mul_(decay).add_(update.view_as(wide))
+        if isinstance(decay, float):
+            torch.add(update.view_as(wide), wide, alpha=decay, out=wide)
+        else:
+            wide.mul_(decay).add_(update.view_as(wide))
         if self._rounding is not None:
             self._round(wide, self._rounding)
         scatter(wide, params)
