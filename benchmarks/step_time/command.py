@@ -29,7 +29,7 @@ from step_time.weights import smallest_side
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)
 DTYPES = ("float32", "bfloat16")
-BACKENDS = ("auto", "triton", "eager", "compiled")
+BACKENDS = ("auto", "triton", "eager")
 GPU_MODELS = ("llama-1b", "llama-60m", "llama-350m", "llama-7b")
 GPU_TRAINING = ("llama-1b", "llama-350m")
 #: Rounds times steps: beyond it plain steps would meet the rare ones of GaLore and its kin.

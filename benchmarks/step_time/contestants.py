@@ -160,7 +160,7 @@ def contestants(backends: tuple[str, ...] = ("auto",)) -> list[Contestant]:
         Contestant("adamw-foreach", "AdamW, foreach", foreach, costs.adamw),
         Contestant("sgd", "SGD, fused", sgd, costs.sgd),
         Contestant("muon", "Muon", _registered("muon"), costs.muon),
-        *(_muon(backend) for backend in backends if backend != "compiled"),
+        *(_muon(backend) for backend in backends),
         *(_paper(backend) for backend in backends),
         _peer("adamw-8bit", costs.adamw_8bit),
         _peer("adamw-8bit-bnb", costs.adamw_8bit),

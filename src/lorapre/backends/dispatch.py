@@ -10,15 +10,13 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lorapre.backends import compiled, eager, eager_muon, triton
+from lorapre.backends import eager, eager_muon, triton
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager_muon import Hyperparameters, MuonHyperparameters
 from lorapre.backends.opened import Opened
 from lorapre.backends.triton import Layouts
 
 Backend: TypeAlias = Literal["auto", "eager", "triton"]
-#: `LoRAPreAdamW` can have its passes compiled, too.
-AdamWBackend: TypeAlias = Literal["auto", "eager", "triton", "compiled"]
 
 #: What "auto" steps by the kernels, under Adam, under Adam with the paper's regression and under Muon: platforms, each
 #: with the largest rank at which a measurement has shown them ahead of batched torch (benchmarks/step_time). On an
@@ -44,7 +42,7 @@ class Job:
 
     buckets: Sequence[Bucket]
     hyper: Hyperparameters
-    backend: AdamWBackend
+    backend: Backend
 
 
 def open_step(jobs: Sequence[Job], layouts: Layouts) -> Opened:
@@ -56,11 +54,7 @@ def open_step(jobs: Sequence[Job], layouts: Layouts) -> Opened:
 
     Raises:
         ValueError: ``backend`` is "triton", and the kernels cannot step one of the buckets. Nothing has changed then.
-        RuntimeError: ``backend`` is "compiled", and torch.compile does not work on their device. Likewise.
     """
-    for job in jobs:
-        if job.backend == "compiled":
-            compiled.prepare(job.buckets[0].params[0].device)
     parted = [(job, *_parted(job)) for job in jobs]
     work = [(by_kernels, job.hyper) for job, by_kernels, _ in parted if by_kernels]
     opened = triton.open_step(work, layouts, supported=True) if work else None
@@ -70,18 +64,16 @@ def open_step(jobs: Sequence[Job], layouts: Layouts) -> Opened:
             opened.proceed(enabled)
         for job, _, in_torch in parted:
             for bucket in in_torch:
-                _step_in_torch(bucket.where(enabled), job)
+                _step_in_torch(bucket.where(enabled), job.hyper)
 
     return Opened(proceed) if opened is None else replace(opened, proceed=proceed)
 
 
-def _step_in_torch(bucket: Bucket, job: Job) -> None:
-    if isinstance(job.hyper, MuonHyperparameters):
-        eager_muon.lorapre_muon(bucket, job.hyper)
-    elif job.backend == "compiled":
-        compiled.lorapre_adamw(bucket, job.hyper)
+def _step_in_torch(bucket: Bucket, hyper: Hyperparameters) -> None:
+    if isinstance(hyper, MuonHyperparameters):
+        eager_muon.lorapre_muon(bucket, hyper)
     else:
-        eager.lorapre_adamw(bucket, job.hyper)
+        eager.lorapre_adamw(bucket, hyper)
 
 
 def _parted(job: Job) -> tuple[list[Bucket], list[Bucket]]:
@@ -89,7 +81,7 @@ def _parted(job: Job) -> tuple[list[Bucket], list[Bucket]]:
     by_kernels, in_torch = [], []
     for bucket in job.buckets:
         backend = job.backend
-        if backend in ("eager", "compiled") or (backend == "auto" and not _measured(bucket, job.hyper)):
+        if backend == "eager" or (backend == "auto" and not _measured(bucket, job.hyper)):
             in_torch.append(bucket)
             continue
         reason = triton.supports(bucket, job.hyper)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from lorapre.backends.dispatch import AdamWBackend
+from lorapre.backends.dispatch import Backend
 from lorapre.backends.eager import AdamHyperparameters
 from lorapre.factors import Regression
 from lorapre.optim.backed import BackedOptimizer
@@ -65,9 +65,7 @@ class LoRAPreAdamW(BackedOptimizer):
             from step to step would grow. None switches it off.
         scale: multiplies the update of compressed matrices, not their weight decay; GaLore and the paper use 0.25.
         backend: "triton" steps compressed matrices by kernels, which up to rank 128 hold no temporary of a matrix's
-            size, "eager" in batched torch; "auto" takes one of these two, the kernels where
-            `lorapre.backends.dispatch.MEASURED` says so. "compiled" is batched torch with its element-wise passes fused
-            by torch.compile, which takes a compiler and, once a process, some seconds.
+            size, "eager" in batched torch; "auto" takes the kernels where `lorapre.backends.dispatch.MEASURED` says so.
         view_3d: a 3-D weight is a "stack" of matrices, or to be flattened to (out, in * kernel): "flatten".
         state_dtype: dtype of the state; None is the parameter's own, but at least float32.
         stochastic_rounding: round new bfloat16 weights up or down by chance, drawn from ``seed``, the step and the
@@ -89,7 +87,6 @@ class LoRAPreAdamW(BackedOptimizer):
     """
 
     _added: ClassVar[Mapping[str, Any]] = {**BackedOptimizer._added, "spectral_clipping": None, "sweep_interval": 1}
-    _backends: ClassVar[tuple[str, ...]] = (*BackedOptimizer._backends, "compiled")
 
     def __init__(
         self,
@@ -113,7 +110,7 @@ class LoRAPreAdamW(BackedOptimizer):
         update_clipping: bool = True,
         spectral_clipping: float | None = 3.0,
         scale: float = 1.0,
-        backend: AdamWBackend = "auto",
+        backend: Backend = "auto",
         view_3d: View3D = "stack",
         state_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,

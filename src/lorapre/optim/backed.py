@@ -21,7 +21,6 @@ class BackedOptimizer(DenseAdamW):
     """Base of the optimizers with the option ``backend``. Subclasses say what their options are to the backends."""
 
     _added: ClassVar[Mapping[str, Any]] = {**DenseAdamW._added, "backend": "auto"}
-    _backends: ClassVar[tuple[str, ...]] = ("auto", "eager", "triton")
 
     def _hyperparameters(self, group: Group, device: torch.device) -> Hyperparameters:
         """The options of a group's matrices on ``device``."""
@@ -29,7 +28,7 @@ class BackedOptimizer(DenseAdamW):
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
-        check_choice("backend", group["backend"], self._backends)
+        check_choice("backend", group["backend"], ("auto", "eager", "triton"))
 
     def _open(self, work: Work) -> Opened:
         layouts: Layouts = self.__dict__.setdefault("_layouts", Layouts())  # no copy and no pickle has it
