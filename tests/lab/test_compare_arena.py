@@ -13,6 +13,7 @@ from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -174,6 +175,50 @@ def test_a_killed_comparison_goes_on_and_repeats_no_finished_run(here: Path, com
     assert after.items() > before.items()
     assert len(after) == 6
     assert second.out.count("steps:") == 6 - len(before)
+
+
+#: Asks a worker to do nothing for a minute, and waits for it.
+ASKING = """
+import multiprocessing, os, pathlib, sys, time
+
+def work(place):
+    from lorapre.lab.compare.worker import _end_with_parent
+    _end_with_parent()
+    pathlib.Path(place + ".new").write_text(str(os.getpid()))
+    os.rename(place + ".new", place)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    worker = multiprocessing.get_context("spawn").Process(target=work, args=(sys.argv[1],))
+    worker.start()
+    worker.join()
+"""
+
+
+def test_a_worker_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
+    (tmp_path / "asking.py").write_text(ASKING, encoding="utf-8")
+    place = tmp_path / "pid"
+    asking = subprocess.Popen([sys.executable, str(tmp_path / "asking.py"), str(place)])
+    try:
+        _wait(place.exists, 60, "no worker has begun")
+        worker = psutil.Process(int(place.read_text(encoding="utf-8")))
+        assert worker.is_running()
+    finally:
+        asking.kill()
+        asking.wait()
+    ended = lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE  # noqa: E731
+    try:
+        _wait(ended, 20, "the worker goes on")
+    finally:
+        if not ended():
+            worker.kill()
+
+
+def _wait(happened: Callable[[], bool], seconds: float, otherwise: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.05)
 
 
 def test_a_killed_worker_is_a_row_and_not_the_end(here: Path, compare: Compare) -> None:
