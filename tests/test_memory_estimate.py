@@ -62,7 +62,9 @@ def test_the_estimate_of_a_model_is_that_of_its_groups_with_their_own_options(ki
     assert whole.state > estimate_memory(param_groups(model, rank=2), rank=4, optimizer=kind).state
     built = kind(param_groups(model, rank=4))
     assert built.summary().state_bytes == whole.state
-    assert scratch_bytes(built) == whole.scratch
+    assert scratch_bytes(kind(param_groups(Model().to("meta"), rank=4))) == whole.scratch
+    # on a CPU bases take less
+    assert 0 < (scratch_bytes(built) or 0) <= whole.scratch
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, nn.Linear])
@@ -128,9 +130,12 @@ def test_the_scratch_estimate_bounds_what_a_step_allocates(
     set_grads(params, random_grads(params, 1))
     peak = peak_bytes(optimizer.step)
     estimate = estimate_memory([{"params": params}], rank, optimizer=kind, **given).scratch
+    bound = scratch_bytes(optimizer)
+    assert bound is not None
     slack = 4096  # counters, masks, norms
-    assert peak <= estimate + slack
-    assert estimate <= 2.5 * peak + slack
+    assert peak <= bound + slack
+    assert bound <= 2.5 * peak + slack
+    assert bound <= estimate <= 2.5 * bound + slack, "on a device that is not known"
 
 
 @pytest.mark.parametrize("shapes", [[SQUARE] * 3, [TALL], [(3, *SQUARE)], [(16, 16), (200_000,), (30_000,)]])

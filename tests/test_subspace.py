@@ -12,7 +12,7 @@ from torch import Tensor
 from _formulas import random_matrix, tangent_momentum
 from _support import assert_close, gradients, relative_difference
 from lorapre import reference
-from lorapre.subspace import orthonormalize, sweep, tangent_step
+from lorapre.subspace import basis, orthonormalize, sweep, tangent_step
 
 Step: TypeAlias = Callable[..., tuple[Tensor, Tensor]]
 FLOAT32 = torch.finfo(torch.float32).eps
@@ -143,6 +143,29 @@ def test_each_matrix_of_a_batch_is_treated_alone() -> None:
     together = orthonormalize(X)
     for i in range(3):
         assert_close(together[i], orthonormalize(X[i : i + 1])[0], 1e-6)
+
+
+@pytest.mark.parametrize(("p", "r"), [(300, 40), (64, 64), (17, 1)])
+@pytest.mark.parametrize("condition", [1.0, 1e3])
+def test_reflections_give_the_basis_of_cholesky_qr_with_its_signs(p: int, r: int, condition: float) -> None:
+    X = torch.cat([conditioned(p, r, condition, seed=seed) for seed in (0, 5)])
+    assert_close(basis(X), orthonormalize(X), 1e-10 * condition)
+    assert error_of(basis(X.float())) < 8 * FLOAT32
+
+
+@pytest.mark.parametrize("name", singular_matrices())
+def test_reflections_of_a_singular_matrix_are_orthonormal_and_keep_what_it_spans(name: str) -> None:
+    X = singular_matrices()[name].float()
+    Q = basis(X)
+    assert error_of(Q) < 8 * FLOAT32
+    left_out = X.double() - Q.double() @ (Q.double().mT @ X.double())
+    assert left_out.norm() <= 64 * FLOAT32 * X.norm()
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100])
+def test_the_size_of_a_matrix_does_not_matter_to_reflections(scale: float) -> None:
+    X = conditioned(40, 6, 1e4).float()
+    assert torch.equal(basis(X * scale), basis(X))
 
 
 # One step.

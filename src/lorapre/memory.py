@@ -129,7 +129,7 @@ def scratch_bytes(optimizer: Optimizer) -> int | None:
         peaks.append(_adamw_scratch(dense, group, max(rounded)))
         for (kind, device, by_chance), count in buckets.items():
             together = min(count, max(1, scratch_numel(device) // kind.numel))
-            shared, own = _at_once(kind, optimizer, group)
+            shared, own = _at_once(kind, optimizer, group, device)
             buffers[kind.width, device] = max(buffers.get((kind.width, device), 0), together * shared)
             rest = max(rest, together * own + by_chance)
     return max(*peaks, kernels.peak, sum(buffers.values()) + rest)
@@ -224,19 +224,21 @@ def _adamw_scratch(kinds: Iterable[_Kind], group: Group, rounded: int = 0) -> in
     return copies + max(rounded, 0 if group["capturable"] else max((3 + negated) * largest, (1 + negated) * together))
 
 
-def _at_once(kind: _Kind, optimizer: FactoredOptimizer, group: Group) -> tuple[int, int]:
+def _at_once(kind: _Kind, optimizer: FactoredOptimizer, group: Group, device: torch.device) -> tuple[int, int]:
     """Bytes that the update of one parameter holds at once, outside AdamW: in shared buffers, and besides."""
     view, width = kind.view, kind.width
     narrow = kind.weight_width < width
     if view is None:  # the gradient; the momentum old and new, and a term of its sum
         return width * kind.numel, 3 * width * kind.numel
     dense = width * view.p * view.q
-    factors = _factor_scratch(view, width)
+    reflections = group["regression"] == "subspace" and device.type == "cpu"
+    factors = _factor_scratch(view, width, reflections=reflections)
     shared = 1  # the gradients, whose place the update takes
     if isinstance(optimizer, LoRAPreAdamW):
         second = group["second_moment"]
         if second == "hadamard" and group["second_moment_rank"] is not None:
-            factors = max(factors, _factor_scratch(with_rank(view, group["second_moment_rank"]), width))
+            of_v = with_rank(view, group["second_moment_rank"])
+            factors = max(factors, _factor_scratch(of_v, width, reflections=reflections))
         shared += (second == "rank1") + (second == "hadamard" or group["update_clipping"])  # v; |G| or G / sqrt(v)
         if group["spectral_clipping"] is not None:
             # Signs in 64 bits, twice, and scaled; the sketch.
@@ -250,11 +252,12 @@ def _at_once(kind: _Kind, optimizer: FactoredOptimizer, group: Group) -> tuple[i
     return view.batch * shared * dense, view.batch * own
 
 
-def _factor_scratch(view: MatrixView, width: int) -> int:
+def _factor_scratch(view: MatrixView, width: int, *, reflections: bool) -> int:
     """Bytes of what advancing the factors of one matrix holds at once, beside the gradient.
 
-    Copies of the factors, projections and targets or bases; in float64 factors, right-hand sides or bases before and
-    after a pass, and r x r matrices with their decompositions.
+    Copies of the factors, projections and targets or bases. Besides, bases by Householder's ``reflections`` or, in
+    float64, factors, right-hand sides or bases before and after a pass, and r x r matrices with their decompositions.
     """
     p, q, r = view.p, view.q, view.rank
-    return 5 * width * (p + q) * r + 24 * max(p, q) * r + 48 * r * r
+    besides = 3 * width * (max(p, q) + r) * r if reflections else 24 * max(p, q) * r + 48 * r * r
+    return 5 * width * (p + q) * r + besides
