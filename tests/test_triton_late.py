@@ -247,12 +247,12 @@ def test_the_step_reads_nothing_back_from_the_device(device: torch.device, monke
     params = params_of(optimizer)
     step(optimizer, 0)  # which counts the tiles of each shape, on the CPU
     optimizer.settle()
-    with Reads() as reads:
+    with Reads(device) as reads:
         optimizer.step()
     assert reads.found == []
     waiting = build(device, backend="eager")
     set_grads(params_of(waiting), random_grads(params, 0))  # type: ignore[arg-type]
-    with Reads() as reads:
+    with Reads(device) as reads:
         waiting.step()
     assert reads.found
 

@@ -266,7 +266,7 @@ def test_a_bad_step_changes_nothing_and_the_next_call_says_which_gradient_it_was
 def test_the_step_reads_nothing_back_from_the_device(device: torch.device) -> None:
     optimizer = build(((13, 20),), device, capturable=True, lr=torch.tensor(0.1, device=device))
     train(optimizer, 1)  # which counts the tiles of each shape, on the CPU
-    with HostReads() as reads:
+    with HostReads(device) as reads:
         optimizer.step()
     assert reads.found == []
 
