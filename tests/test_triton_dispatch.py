@@ -79,10 +79,9 @@ def test_what_was_measured_on_nvidia_is_not_said_of_amd(
     hip: str | None, measured: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", hip)
-    weight = SimpleNamespace(device=torch.device("cuda"))
-    bucket: Any = SimpleNamespace(params=[weight], view=SimpleNamespace(rank=dispatch.MEASURED["adamw"]["cuda"]))
+    bucket: Any = SimpleNamespace(view=SimpleNamespace(rank=dispatch.MEASURED["adamw"]["cuda"]))
     hyper: Any = SimpleNamespace(regressor=SimpleNamespace(regression="subspace"))
-    assert dispatch._measured(bucket, hyper) is measured
+    assert dispatch._measured(bucket, hyper, "cuda") is measured
 
 
 def test_auto_takes_the_kernels_of_the_papers_regression_as_far_as_they_were_measured(

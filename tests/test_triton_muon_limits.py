@@ -10,7 +10,7 @@ import torch
 
 from _support import Shape, assert_close, snapshot
 from _triton import exact_products, needs_triton, scalars_as_bounds  # noqa: F401
-from lorapre import LoRAPreMuon, estimate_memory
+from lorapre import LoRAPreAdamW, LoRAPreMuon, estimate_memory
 from lorapre.backends import dispatch
 from lorapre.backends import triton as backend
 from lorapre.backends.triton import table
@@ -85,6 +85,31 @@ def test_the_estimate_of_memory_follows_the_backend() -> None:
     assert kernels < 0.5 * scratch(shape, backend="eager")
     # stacks of them take turns
     assert scratch((24, *shape), backend="triton") < 8 * kernels
+
+
+@pytest.mark.parametrize(
+    ("kind", "rank", "options", "by_kernels"),
+    [
+        (LoRAPreAdamW, 32, {}, True),
+        (LoRAPreAdamW, 512, {"state_dtype": torch.bfloat16}, True),
+        (LoRAPreAdamW, 513, {}, False),
+        (LoRAPreAdamW, 32, {"regression": "tangent"}, False),
+        (LoRAPreMuon, 128, {}, True),
+        (LoRAPreMuon, 129, {}, False),
+    ],
+    ids=str,
+)
+def test_an_estimate_for_a_device_counts_what_auto_takes_there(
+    kind: Any, rank: int, options: dict[str, Any], by_kernels: bool
+) -> None:
+    def scratch(backend: str, device: str | None) -> int:
+        params = [torch.empty(2048, 5461, device="meta") for _ in range(3)]
+        given = {**options, "backend": backend, "device": device}
+        return estimate_memory([{"params": params}], rank, optimizer=kind, **given).scratch
+
+    assert scratch("auto", "cuda") == scratch("triton" if by_kernels else "eager", "cuda")
+    assert scratch("auto", "cpu") == scratch("eager", "cpu") <= scratch("eager", "cuda")
+    assert scratch("auto", None) == scratch("eager", None) == scratch("eager", "cuda"), "the most that any takes"
 
 
 # Who steps.

@@ -13,9 +13,11 @@ from torch.optim.optimizer import Optimizer
 
 from lorapre import spectral
 from lorapre.backends import rounding
-from lorapre.backends.batches import scratch_numel
+from lorapre.backends.batches import Bucket, scratch_numel
+from lorapre.backends.dispatch import foreseen
 from lorapre.backends.triton import table
 from lorapre.optim.adamw import LoRAPreAdamW
+from lorapre.optim.backed import BackedOptimizer
 from lorapre.optim.base import FactoredOptimizer, Group
 from lorapre.optim.dense import DenseAdamW
 from lorapre.optim.lion import LoRAPreLion
@@ -34,7 +36,7 @@ class MemoryEstimate:
 
     ``state`` and ``adamw_state`` are exact; ``scratch`` bounds what ``step()`` allocates on top, for one batch
     of matrices at a time, as on a GPU (gradients, momentum and more in float32 or wider, and the factors), or all dense
-    parameters of a group. With ``backend="triton"`` it is what the kernels allocate.
+    parameters of a group. Where the kernels step, it is what they allocate.
     """
 
     weights: int
@@ -54,6 +56,7 @@ def estimate_memory(
     rank: int | float | None = None,
     *,
     optimizer: type[FactoredOptimizer] = LoRAPreAdamW,
+    device: torch.device | str | None = None,
     **options: Any,
 ) -> MemoryEstimate:
     """Memory of training ``model`` with ``optimizer``; nothing is allocated.
@@ -63,9 +66,10 @@ def estimate_memory(
             groups as `lorapre.param_groups` returns them.
         rank: as in the optimizer; ignored groups that set their own keep it.
         optimizer: `LoRAPreAdamW`, `LoRAPreMuon`, `LoRAPreSGD` or `LoRAPreLion`.
-        **options: other options of the optimizer, such as ``second_moment`` or ``state_dtype``. As no device is known,
-            the scratch of ``backend="auto"`` is batched torch's, the larger; "triton" gives that of the kernels, which
-            "auto" takes on NVIDIA GPUs up to rank 128.
+        device: where the model is to be trained, such as "cuda"; it need not be here. ``backend="auto"`` then means
+            what it takes there, if triton is installed. None counts the most that any device takes, which is batched
+            torch on a GPU; only the scratch depends on it.
+        **options: other options of the optimizer, such as ``second_moment`` or ``state_dtype``.
 
     Raises:
         ValueError: an option is out of range.
@@ -95,12 +99,12 @@ def estimate_memory(
         gradients=gradients,
         state=summary.state_bytes,
         adamw_state=summary.adamw_bytes,
-        scratch=scratch_bytes(built) or 0,
+        scratch=scratch_bytes(built, device) or 0,
     )
 
 
-def scratch_bytes(optimizer: Optimizer) -> int | None:
-    """A bound of what ``step()`` of ``optimizer`` allocates, its parameters being on any device.
+def scratch_bytes(optimizer: Optimizer, device: torch.device | str | None = None) -> int | None:
+    """A bound of what ``step()`` of ``optimizer`` allocates on ``device``, by default that of its parameters.
 
     None for other people's optimizers, whose temporaries nobody has counted; torch's AdamW is known.
     """
@@ -112,27 +116,39 @@ def scratch_bytes(optimizer: Optimizer) -> int | None:
     peaks = [0]
     # Buffers of a matrix's size are shared by all that have one dtype; the rest is freed after each piece.
     buffers: dict[tuple[int, torch.device], int] = {}
+    given = None if device is None else torch.device(device)
     rest = 0
     kernels = _KernelScratch()
     for group in optimizer.param_groups:
         buckets: Counter[tuple[_Kind, torch.device, int]] = Counter()
         dense, rounded = [], [0]
         for param in group["params"]:
-            kind = _kind_of(param, optimizer, group)
+            kind, place = _kind_of(param, optimizer, group), given or param.device
             if kind.view is None and isinstance(optimizer, DenseAdamW):
                 dense.append(kind)
-                rounded.append(_rounding_scratch(param, group))
-            elif kind.view is not None and group.get("backend") == "triton":
+                rounded.append(_rounding_scratch(param, group, place))
+            elif kind.view is not None and _by_kernels(param, kind.view, optimizer, group, place):
                 kernels.add(param, kind.view, optimizer, group)
             elif kind.numel:
-                buckets[kind, param.device, _rounding_scratch(param, group)] += 1
+                buckets[kind, place, _rounding_scratch(param, group, place)] += 1
         peaks.append(_adamw_scratch(dense, group, max(rounded)))
-        for (kind, device, by_chance), count in buckets.items():
-            together = min(count, max(1, scratch_numel(device) // kind.numel))
-            shared, own = _at_once(kind, optimizer, group, device)
-            buffers[kind.width, device] = max(buffers.get((kind.width, device), 0), together * shared)
+        for (kind, place, by_chance), count in buckets.items():
+            together = min(count, max(1, scratch_numel(place) // kind.numel))
+            shared, own = _at_once(kind, optimizer, group, place)
+            buffers[kind.width, place] = max(buffers.get((kind.width, place), 0), together * shared)
             rest = max(rest, together * own + by_chance)
     return max(*peaks, kernels.peak, sum(buffers.values()) + rest)
+
+
+def _by_kernels(
+    param: Tensor, view: MatrixView, optimizer: FactoredOptimizer, group: Group, device: torch.device
+) -> bool:
+    """Whether kernels step ``param`` on ``device``."""
+    if not isinstance(optimizer, BackedOptimizer):
+        return False
+    state = {key: [value] for key, value in optimizer.state[param].items() if key != "step"}
+    bucket = Bucket(view, [param], [param], state, 1.0, group["maximize"])
+    return foreseen(bucket, optimizer._hyperparameters(group, param.device), group["backend"], device.type)
 
 
 @dataclass
@@ -199,10 +215,10 @@ def _kind_of(param: Tensor, optimizer: FactoredOptimizer, group: Group) -> _Kind
     return _Kind(optimizer._view(param, group), param.shape, param.element_size(), state_dtype.itemsize, width)
 
 
-def _rounding_scratch(param: Tensor, group: Group) -> int:
+def _rounding_scratch(param: Tensor, group: Group, device: torch.device) -> int:
     """What stochastic rounding of one parameter holds."""
     by_chance = group["stochastic_rounding"] and param.dtype == torch.bfloat16
-    return rounding.scratch_bytes(param.numel(), param.device) if by_chance else 0
+    return rounding.scratch_bytes(param.numel(), device) if by_chance else 0
 
 
 def _dense_sizes(group: Group) -> Iterator[_Kind]:

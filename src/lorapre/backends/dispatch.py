@@ -81,7 +81,7 @@ def _parted(job: Job) -> tuple[list[Bucket], list[Bucket]]:
     by_kernels, in_torch = [], []
     for bucket in job.buckets:
         backend = job.backend
-        if backend == "eager" or (backend == "auto" and not _measured(bucket, job.hyper)):
+        if backend == "eager" or (backend == "auto" and not _measured(bucket, job.hyper, bucket.params[0].device.type)):
             in_torch.append(bucket)
             continue
         reason = triton.supports(bucket, job.hyper)
@@ -98,11 +98,18 @@ def _parted(job: Job) -> tuple[list[Bucket], list[Bucket]]:
     return by_kernels, in_torch
 
 
-def _measured(bucket: Bucket, hyper: Hyperparameters) -> bool:
+def foreseen(bucket: Bucket, hyper: Hyperparameters, backend: Backend, device_type: str) -> bool:
+    """Whether the kernels will step such a bucket on such a device, if Triton is there and the tensors are plain."""
+    if backend == "auto":
+        return _measured(bucket, hyper, device_type) and triton.unsupported_option(bucket, hyper) is None
+    return backend == "triton"
+
+
+def _measured(bucket: Bucket, hyper: Hyperparameters, device_type: str) -> bool:
     by_newton = hyper.regressor.regression == "newton"
     largest = MEASURED["muon" if isinstance(hyper, MuonHyperparameters) else "newton" if by_newton else "adamw"]
-    device = bucket.params[0].device.type
-    return bucket.view.rank <= largest.get("hip" if device == "cuda" and torch.version.hip is not None else device, 0)
+    platform = "hip" if device_type == "cuda" and torch.version.hip is not None else device_type
+    return bucket.view.rank <= largest.get(platform, 0)
 
 
 def _say_once(message: str) -> None:

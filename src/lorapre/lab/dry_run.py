@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -84,7 +85,8 @@ def training_memory(config: PretrainConfig, entry: OptimizerEntry, model: nn.Mod
         kind, kwargs = entry.build(model, config, entry.default_lr, entry.default_dense_lr)
         optimizer = kind(**kwargs)
         parts = parts_of(optimizer)
-        known = [found for part in parts if (found := scratch_bytes(part)) is not None]
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        known = [found for part in parts if (found := scratch_bytes(part, device)) is not None]
         scratch = max(known) if len(known) == len(parts) else None
         created = {param for part in parts for param in part.state}  # torch's AdamW creates its own at the first step
         state = state_bytes(optimizer) + adamw_state_bytes(set(model.parameters()) - created)

@@ -23,7 +23,7 @@ from lorapre.backends.opened import Opened
 from lorapre.backends.triton import table
 from lorapre.backends.triton.layout import Layouts, place_of
 
-__all__ = ["Layouts", "cohorts", "open_step", "supports"]
+__all__ = ["Layouts", "cohorts", "open_step", "supports", "unsupported_option"]
 
 _dtype, _device = attrgetter("dtype"), attrgetter("device")
 
@@ -78,12 +78,11 @@ def supports(bucket: Bucket, hyper: Hyperparameters) -> str | None:
     """None where `open_step` can step this bucket, else the reason in words."""
     if not bucket.params or bucket.params[0].numel() == 0:
         return "the bucket is empty"
-    return (
-        _unsupported_option(bucket, hyper) or _unsupported_tensor(bucket) or unavailable(bucket.params[0].device.type)
-    )
+    return unsupported_option(bucket, hyper) or _unsupported_tensor(bucket) or unavailable(bucket.params[0].device.type)
 
 
-def _unsupported_option(bucket: Bucket, hyper: Hyperparameters) -> str | None:
+def unsupported_option(bucket: Bucket, hyper: Hyperparameters) -> str | None:
+    """What the kernels do not have of the options, the rank and the kinds of state, in words; or None."""
     if isinstance(hyper, MuonHyperparameters):
         reason = _unsupported_by_muon(bucket, hyper)
     else:
