@@ -45,18 +45,16 @@ def each_step(step: Step, count: int, device: torch.device) -> list[float]:
     return [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
 
 
-def in_turn(
-    first: Step, second: Step, *, rounds: int, count: int, seconds: float, device: torch.device
-) -> tuple[Rounds, Rounds]:
-    """``count`` steps of one, then of the other, ``rounds`` times, or until ``seconds`` are over.
+def in_turn(*steps: Step, rounds: int, count: int, seconds: float, device: torch.device) -> list[Rounds]:
+    """``count`` steps of each, one after the other, ``rounds`` times, or until ``seconds`` are over.
 
-    What else the machine does falls on both. Milliseconds, a list a round.
+    What else the machine does falls on all. Milliseconds, a list a round.
     """
     began = time.monotonic()
-    found: tuple[Rounds, Rounds] = ([], [])
+    found: list[Rounds] = [[] for _ in steps]
     for _ in range(rounds):
-        found[0].append(each_step(first, count, device))
-        found[1].append(each_step(second, count, device))
+        for step, times in zip(steps, found, strict=True):
+            times.append(each_step(step, count, device))
         if time.monotonic() - began > seconds:
             break
     return found

@@ -17,6 +17,7 @@ from step_time import costs
 from step_time.costs import CostOf
 
 REFERENCE = "AdamW, fused"
+FOREACH = "AdamW, foreach"
 #: Small, as weights and gradients are random: nothing here depends on it.
 LR = 1e-5
 #: Steps between two projections of GaLore, Fira and APOLLO in the lab's registry.
@@ -151,13 +152,12 @@ def _paper(backend: str) -> Contestant:
 
 def contestants(backends: tuple[str, ...] = ("auto",)) -> list[Contestant]:
     """All, the most wanted first; `REFERENCE` is none of them."""
-    foreach = lambda module, rank: torch.optim.AdamW(module.parameters(), LR, foreach=True)  # noqa: E731
     sgd = lambda module, rank: torch.optim.SGD(module.parameters(), LR, fused=True)  # noqa: E731
     return [
         *(_adamw(backend) for backend in backends),
         *(_sweeping(interval, backend) for interval in INTERVALS for backend in backends),
         *(_graph(backend) for backend in backends),
-        Contestant("adamw-foreach", "AdamW, foreach", foreach, costs.adamw),
+        Contestant("adamw-foreach", FOREACH, lambda module, rank: foreach(module), costs.adamw),
         Contestant("sgd", "SGD, fused", sgd, costs.sgd),
         Contestant("muon", "Muon", _registered("muon"), costs.muon),
         *(_muon(backend) for backend in backends),
@@ -174,6 +174,11 @@ def contestants(backends: tuple[str, ...] = ("auto",)) -> list[Contestant]:
 KINDS: Mapping[str, Contestant] = {contestant.kind: contestant for contestant in contestants()}
 #: On a CPU others take seconds a step.
 CPU_KINDS = ("lorapre-adamw", "sweeps-4", "adamw-foreach", "sgd")
+
+
+def foreach(module: nn.Module) -> Optimizer:
+    """Plain AdamW by lists of tensors."""
+    return torch.optim.AdamW(module.parameters(), LR, foreach=True)
 
 
 def reference(module: nn.Module) -> Optimizer:

@@ -1,4 +1,4 @@
-"""A row: one optimizer on the matrices of one model, in turn with fused AdamW."""
+"""A row: one optimizer on the matrices of one model, in turn with fused AdamW, on a CPU with foreach AdamW too."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from lorapre.backends import dispatch
 from step_time import costs
 from step_time.clock import Limits, extra_peak, in_turn, launches, middle
-from step_time.contestants import GAP, REFERENCE, Contestant, reference
+from step_time.contestants import FOREACH, GAP, REFERENCE, Contestant, foreach, reference
 from step_time.rare import Amortised, rare_ms, without_svd
 from step_time.replay import capture, same_bits
 from step_time.rows import StepRow
@@ -48,8 +48,11 @@ class Bench:
         self.limits, self.effort = limits, effort
         self.module = Matrices(model, layers, dtype, device)
         self.reference = reference(self.module)
+        # A CPU's fused AdamW makes one pass where others make ten, so that lists are the rival there.
+        self.beside = [foreach(self.module)] if device.type == "cpu" else []
         for _ in range(WARM_UP):
-            self.reference.step()
+            for each in (self.reference, *self.beside):
+                each.step()
 
     def row(self, contestant: Contestant | None, rank: int | None) -> StepRow:
         """The row of ``contestant``, or of the reference where it is None."""
@@ -85,9 +88,10 @@ class Bench:
     ) -> StepRow:
         """The row of a ``step`` that is ``period`` of the optimizer's."""
         effort = self.effort
-        ours, theirs = in_turn(
+        ours, theirs, *others = in_turn(
             step,
             self.reference.step,
+            *(each.step for each in self.beside),
             rounds=effort.rounds,
             count=effort.count,
             seconds=effort.seconds,
@@ -95,6 +99,7 @@ class Bench:
         )
         own = middle(ours) / period
         ratio = 1.0 if title == REFERENCE else own / middle(theirs)
+        to_foreach = next((1.0 if title == FOREACH else round(own / middle(each), 4) for each in others), None)
         on_gpu = self.device.type != "cpu"
         extra, seen = (extra_peak(launched), launches(step)) if on_gpu else (None, None)
         cost = costs.total(cost_of, layer_shapes(self.model) * self.layers, rank, self.dtype.itemsize)
@@ -106,6 +111,7 @@ class Bench:
             rank=rank,
             step_ms=own,
             ratio_to_fused_adamw=ratio,
+            ratio_to_foreach_adamw=to_foreach,
             extra_bytes=extra,
             launches=None if seen is None else round(seen.launches / period),
             kernels=None if seen is None else seen.kernels,

@@ -9,7 +9,7 @@ from typing import TypeVar
 from lorapre.lab.errors import UserError
 from lorapre.lab.models import LLAMAS
 from lorapre.lab.run_folder import write_text
-from step_time.contestants import KINDS, REFERENCE
+from step_time.contestants import FOREACH, KINDS, REFERENCE
 from step_time.figures import write_figures
 from step_time.goals import goals
 from step_time.rows import Results, StepRow, TrainingRow
@@ -18,7 +18,6 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 BEGIN, END = "<!-- step time: begin -->", "<!-- step time: end -->"
 #: The model that README shows, where it was measured.
 SHOWN = "llama-1b"
-FOREACH = "AdamW, foreach"
 
 STEP_HEADER = (
     "| model | dtype | optimizer | rank | step, ms | to fused AdamW | to foreach AdamW | must move, GB | of copy rate "
@@ -64,10 +63,12 @@ def step_table(rows: Iterable[StepRow]) -> str:
     foreach = {(row.model, row.dtype): row.step_ms for row in rows if row.optimizer == FOREACH}
     lines = [STEP_HEADER]
     for row in rows:
-        other = foreach.get((row.model, row.dtype))
+        other, to_foreach = foreach.get((row.model, row.dtype)), row.ratio_to_foreach_adamw
+        if to_foreach is None and other is not None:
+            to_foreach = row.step_ms / other
         cells = (
             _model(row), row.dtype, row.optimizer + _marks(row), row.rank, _figures(row.step_ms),
-            f"{row.ratio_to_fused_adamw:.2f}", other and f"{row.step_ms / other:.2f}",
+            f"{row.ratio_to_fused_adamw:.2f}", to_foreach and f"{to_foreach:.2f}",
             _giga(row.bytes_moved), _percent(row.copy_share, 0),
             f"{row.flops / 1e12:.3g}" if row.flops else None, _percent(row.product_share, 0) if row.flops else None,
             _percent(extra_share(row), 2), row.launches if row.kernels is None else f"{row.launches} ({row.kernels})",

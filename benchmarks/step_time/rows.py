@@ -20,6 +20,7 @@ class StepRow:
     Attributes:
         step_ms: median; with ``rare_ms`` the median of plain steps and the share of what is rare.
         ratio_to_fused_adamw: to the median of fused AdamW's steps in the same rounds.
+        ratio_to_foreach_adamw: likewise, on a CPU.
         extra_bytes: most that a step holds beyond what was held before, on a GPU.
         launches: kernels of one step; ``copies`` are not among them.
         layers: how many of the model's layers were stepped.
@@ -58,6 +59,7 @@ class StepRow:
     rare_every: int | None = None
     rare_layers: int | None = None
     same_bits: bool | None = None
+    ratio_to_foreach_adamw: float | None = None
     note: str = ""
     date: str = ""
 

@@ -57,6 +57,9 @@ def test_a_run_goes_on_with_the_rows_that_are_missing(tmp_path: Path) -> None:
     known = {"device", "model", "dtype", "optimizer", "rank", "step_ms", "ratio_to_fused_adamw", "extra_bytes",
              "launches"}  # fmt: skip
     assert all(known <= set(one) for one in first["rows"])
+    to_foreach = [one["ratio_to_foreach_adamw"] for one in first["rows"]]  # on a CPU in the same rounds
+    assert to_foreach[2] == 1.0
+    assert all(ratio > 0 for ratio in to_foreach)
     first["rows"][1]["step_ms"] = 123.0  # would not be found again by chance
     del first["rows"][3]
     (tmp_path / "step_time.json").write_text(json.dumps(first), encoding="utf-8")
@@ -182,6 +185,8 @@ def test_a_line_of_the_table_has_every_figure_in_its_unit() -> None:
         "| – |",
     ]
     assert all(line.count("|") == report.STEP_HEADER.splitlines()[1].count("|") for line in lines)
+    (line,) = report.step_table([replace(row(), ratio_to_foreach_adamw=1.4)]).splitlines()[2:]
+    assert "| 8 | 0.60 | 1.40 |" in line, "and where it was measured in the same rounds, that"
 
 
 def test_the_footnotes_give_what_was_shared_out_and_replayed() -> None:
