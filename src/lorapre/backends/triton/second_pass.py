@@ -65,6 +65,18 @@ def basis_in(A_base, ranks, cols, q, R: tl.constexpr):
 
 
 @triton.jit
+def laid_out_as(x, loaded):
+    """``x``, dealt out to the threads as the tile ``loaded`` is.
+
+    Of two operands that are dealt out differently the compiler moves one, and goes on like the other. What a product
+    leaves is spread so that reading G, and moving W there and back, takes several turns of shared memory. A condition
+    that always holds, which only the last of the compilers sees, lets it move the product instead, once.
+    """
+    bits: tl.constexpr = tl.int32 if loaded.dtype == tl.float32 else tl.int16
+    return tl.where((loaded.to(bits, bitcast=True) | 1) != 0, x, 0.0)
+
+
+@triton.jit
 def tracked(X_base, basis, ranks, rows, p, R: tl.constexpr, PRECISION: tl.constexpr):
     """X A of these rows, and of the columns of ``basis``, transposed."""
     x = tl.load(
@@ -202,7 +214,7 @@ def update(
     numel = p.to(tl.float32) * q.to(tl.float32)
     if RELATIVE:
         # The mean of v_hat: its rank-1 part has the mean of the old row means, whatever the columns are, or the old v.
-        eps = eps * tl.sqrt((beta2 * mean + (1.0 - beta2) * (squared / numel)) * v_scale)
+        eps = tl.maximum(eps * tl.sqrt((beta2 * mean + (1.0 - beta2) * (squared / numel)) * v_scale), TINY)
     if CLIP:
         surprise = tl.sqrt(tl.load(surprises + matrix) / numel)
         rate = rate / tl.maximum(surprise, 1.0)
@@ -243,11 +255,6 @@ def update(
         inside = (rows < live)[:, None] & (cols < q)[None, :]
         here = coming
         after = rows + BLOCK_P
-        coming = tl.load(
-            tile_of(W_base, after, cols, W_row_stride, W_col_stride, W_ORDER),
-            mask=(after < live)[:, None] & (cols < q)[None, :],
-            other=0.0,
-        )
         if FULL:
             here_v = coming_v
             coming_v = tl.load(
@@ -279,6 +286,14 @@ def update(
             # With a factor, whatever it is, the product has G from registers. From shared memory it would have to lie
             # there transposed, written number by number, with eight of a warp's numbers in one bank.
             left = tl.dot(tl.trans(sign * g), tl.trans(u), left, input_precision=LEFT_PRECISION)
+        if not GIVEN:
+            momentum = tracked(X_base, basis, ranks, rows, p, R, MOMENTUM_PRECISION)
+        # Behind the products in this text, or `laid_out_as` moves the wrong one of its operands.
+        coming = tl.load(
+            tile_of(W_base, after, cols, W_row_stride, W_col_stride, W_ORDER),
+            mask=(after < live)[:, None] & (cols < q)[None, :],
+            other=0.0,
+        )
         if GIVEN:
             given_at = U_base + (rows[:, None] * width + cols[None, :])
             m = signed * g + tl.load(given_at, mask=inside, other=0.0)
@@ -286,8 +301,7 @@ def update(
                 tl.debug_barrier()  # all have read what is overwritten
                 tl.store(given_at, g, mask=inside)
         else:
-            momentum = tracked(X_base, basis, ranks, rows, p, R, MOMENTUM_PRECISION)
-            m = signed * g + tl.trans(momentum)
+            m = signed * g + laid_out_as(tl.trans(momentum), here)
         if FULL:
             v = beta2 * here_v.to(tl.float32) + (1.0 - beta2) * square
             V_addresses = tile_of(V_base, rows, cols, V_row_stride, V_col_stride, V_ORDER)
@@ -296,8 +310,6 @@ def update(
         else:
             denominator = tl.sqrt(v[:, None] * v_col[None, :] + fresh * square) + eps
         still = denominator <= eps  # where v is 0
-        if RELATIVE:
-            denominator = tl.maximum(denominator, TINY)
         # 1 / x as the square of 1 / sqrt(x): two instructions, of which a division takes ten.
         root = tl.rsqrt(denominator)
         direction = m * (root * root)
