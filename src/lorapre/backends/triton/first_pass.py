@@ -23,6 +23,7 @@ from lorapre.backends.triton.elements import (
     PART,
     ROWS,
     ROWS_ALIGNED,
+    TINY,
     V_COL,
     V_ROW,
     V_SCALE,
@@ -141,12 +142,13 @@ def project(
         if SPECTRAL:
             sketch = tl.dot(wide, scaled_signs(cols, v_col, col_mean), sketch, input_precision=PRECISION)
         if CLIP:
+            # TINY, far below what counts, has no square divided by 0 without asking of each whether it is.
             if FULL:
-                v_hat = (beta2 * v + (1.0 - beta2) * square) * v_scale
+                v_hat = (beta2 * v + (1.0 - beta2) * square) * v_scale + TINY
             else:
-                v_hat = v_row[:, None] * v_col[None, :] + fresh * square
-            ratio = wide * tl.rsqrt(tl.where(v_hat > 0, v_hat, 1.0))
-            surprise += tl.where(v_hat > 0, ratio * ratio, 0.0)
+                v_hat = (v_row[:, None] * v_col[None, :] + TINY) + fresh * square
+            ratio = wide * tl.rsqrt(v_hat)
+            surprise += ratio * ratio
         if G_TYPE == tl.float32:  # noqa: SIM300 (no constant)
             # G is an operand as it lies in shared memory. A use of the sum in every turn, of no instruction, has the
             # product waited for before what it reads is filled again: of a load that is an operand and more, Triton 3.6

@@ -46,9 +46,10 @@ def scaled_signs(cols, v_col, mean):
     x = (x ^ (x >> 16)) * _FIRST
     x = (x ^ (x >> 13)) * _SECOND
     x = x ^ (x >> 16)
-    bits = (x[:, None] >> tl.arange(0, K)[None, :].to(tl.uint32)) & 1
+    sign = x[:, None] << (31 - tl.arange(0, K)[None, :]).to(tl.uint32) & 0x80000000
     even = tl.where(mean > 0, v_col / tl.where(mean > 0, mean, 1.0), 1.0)
-    return (1.0 - 2.0 * bits.to(tl.float32)) * tl.rsqrt(tl.maximum(even, _LEAST))[:, None]
+    size = tl.rsqrt(tl.maximum(even, _LEAST)).to(tl.uint32, bitcast=True)
+    return (size[:, None] ^ sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
