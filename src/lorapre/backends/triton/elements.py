@@ -130,6 +130,19 @@ def tile_of(base, rows, cols, row_stride, col_stride, ORDER: tl.constexpr):
 
 
 @triton.jit
+def laid_out_as(x, loaded):
+    """``x``, what a product leaves, dealt out to the threads as the tile ``loaded`` is.
+
+    Of two operands that are dealt out differently Triton moves one through shared memory, and goes on like the other. A
+    product's numbers are so spread that reading G likewise, and moving W there and back, costs more than all else. A
+    condition that always holds, which only the last of the compilers sees, has it move the product instead, once. The
+    load has to come after the product in the text: of an operation's two layouts the one of the later counts.
+    """
+    bits: tl.constexpr = tl.int32 if loaded.dtype == tl.float32 else tl.int16
+    return tl.where((loaded.to(bits, bitcast=True) | 1) != 0, x, 0.0)
+
+
+@triton.jit
 def mean_of(base, length, BLOCK: tl.constexpr):
     """The mean of ``length`` numbers, float32; 1 where it is 0, by which nothing is then divided."""
     total = tl.zeros((BLOCK,), tl.float32)

@@ -321,7 +321,8 @@ def update(
                 m = keep * m
             m += share * wide
             root = tl.sqrt((beta2 * (v * v) + (1.0 - beta2) * (wide * wide)) * v_scale)
-            direction = m / (root + eps)
+            inverse = tl.rsqrt(root + eps)  # as in `second_pass.update`
+            direction = m * (inverse * inverse)
             if BOUNDED:
                 direction = tl.where(root > 0, tl.minimum(tl.maximum(direction, -limit), limit), 0.0)
             w = here.to(tl.float32) * decay - rate * direction

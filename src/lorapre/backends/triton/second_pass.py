@@ -40,6 +40,7 @@ from lorapre.backends.triton.elements import (
     W,
     base_of,
     field,
+    laid_out_as,
     lines_of,
     mean_of,
     nearest,
@@ -62,18 +63,6 @@ def basis_in(A_base, ranks, cols, q, R: tl.constexpr):
         mask=(ranks < R)[:, None] & (cols < q)[None, :],
         other=0.0,
     ).to(tl.float32)
-
-
-@triton.jit
-def laid_out_as(x, loaded):
-    """``x``, dealt out to the threads as the tile ``loaded`` is.
-
-    Of two operands that are dealt out differently the compiler moves one, and goes on like the other. What a product
-    leaves is spread so that reading G, and moving W there and back, takes several turns of shared memory. A condition
-    that always holds, which only the last of the compilers sees, lets it move the product instead, once.
-    """
-    bits: tl.constexpr = tl.int32 if loaded.dtype == tl.float32 else tl.int16
-    return tl.where((loaded.to(bits, bitcast=True) | 1) != 0, x, 0.0)
 
 
 @triton.jit
