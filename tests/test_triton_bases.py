@@ -62,7 +62,7 @@ def error_of(Q: Tensor) -> float:
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4, 1e6])
-@pytest.mark.parametrize(("p", "r"), [(90, 40), (64, 64), (50, 3), (17, 1), (33, 16)])
+@pytest.mark.parametrize(("p", "r"), [(90, 40), (64, 64), (50, 3), (17, 1), (33, 16), (150, 100)])
 def test_a_basis_is_orthonormal_to_rounding_and_spans_its_columns(
     p: int, r: int, condition: float, device: torch.device
 ) -> None:

@@ -81,17 +81,27 @@ def product(
 ):
     """X^T X of each chunk, or X^T Y with the update's X (p, R) for Y where WITH_X.
 
-    Where SCALE, of X divided by ``sizes``. Where FORM, X is G A^T as yet, and K = decay B + gain X is multiplied.
+    Where SCALE, of X divided by ``sizes``. Where FORM, X is G A^T as yet, and K = decay B + gain X is multiplied. Of
+    X^T X, which is symmetric, one of two blocks beside the diagonal is formed: `product_programs`.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    PROGRAMS: tl.constexpr = R_BLOCKS * R_BLOCKS if WITH_X else R_BLOCKS * (R_BLOCKS + 1) // 2
     pid = tl.program_id(0)
-    item = pid // (R_BLOCKS * R_BLOCKS)
-    block = pid % (R_BLOCKS * R_BLOCKS)
+    item = pid // PROGRAMS
+    block = pid % PROGRAMS
     matrix = tl.load(items + item * 2).to(tl.int64)
     chunk = tl.load(items + item * 2 + 1)
     length = size_of(matrices, matrix, Q if RIGHT_SIDE else P)
-    i = (block // R_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
-    j = (block % R_BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
+    if WITH_X:
+        i_block = block // R_BLOCKS
+        j_block = block % R_BLOCKS
+    else:  # blocks on the diagonal and to its right, line by line
+        i_block = 0
+        for line in tl.static_range(1, R_BLOCKS):
+            i_block += (block >= line * R_BLOCKS - line * (line - 1) // 2).to(tl.int32)
+        j_block = block - (i_block * R_BLOCKS - i_block * (i_block - 1) // 2) + i_block
+    i = i_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    j = j_block * BLOCK_R + tl.arange(0, BLOCK_R)
     factor_of = 1.0
     if SCALE:
         size = tl.load(sizes + matrix)
@@ -126,7 +136,17 @@ def product(
                 y = decay * factor_of_rows(B_base, rows, j, length, R) + gain * y
         total = tl.dot(x * factor_of, y * factor_of, total, input_precision=PRECISION)
     out = products + (tl.load(starts + matrix) + chunk).to(tl.int64) * R * R
-    tl.store(out + (i[:, None] * R + j[None, :]), total, mask=(i < R)[:, None] & (j < R)[None, :])
+    inside = (i < R)[:, None] & (j < R)[None, :]
+    tl.store(out + (i[:, None] * R + j[None, :]), total, mask=inside)
+    if not WITH_X:
+        beside = (j_block > i_block).to(tl.int32)
+        tl.store(out + (i[:, None] + j[None, :] * R), total, mask=(i < R * beside)[:, None] & (j < R)[None, :])
+
+
+def product_programs(rank: int, block: int, *, with_X: bool) -> int:
+    """Programs of `product` for one chunk."""
+    blocks = -(-rank // block)
+    return blocks * blocks if with_X else blocks * (blocks + 1) // 2
 
 
 @triton.jit

@@ -297,8 +297,8 @@ class _Side:
     def _products(self, *, scale: bool = False, with_X: bool = False) -> Tensor:
         step, products = self.step, self.step._squares(self.work.tiles)
         block = table.product_blocks(step.r)
-        each = math.ceil(step.r / block.rank)
-        bases.product[(self.work.programs * each * each,)](
+        each = bases.product_programs(step.r, block.rank, with_X=with_X)
+        bases.product[(self.work.programs * each,)](
             step.matrices.table,
             self.work.items,
             self.work.starts,
