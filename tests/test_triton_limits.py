@@ -120,6 +120,23 @@ def test_layouts_are_made_once_while_tensors_stay_in_place(device: torch.device)
         assert_close(mine, other, 1e-5)
 
 
+@pytest.mark.parametrize("shapes", [((12, 24), (9, 40)), ((12, 24), (9, 20)), ((3, 12, 24),)])
+def test_lines_of_right_factors_are_taken_for_aligned_only_where_all_of_them_are(
+    shapes: tuple[Shape, ...], device: torch.device
+) -> None:
+    optimizer, _ = both(shapes, torch.float32, device, rank=4)
+    for moved in (False, True):
+        for param in params_of(optimizer)[:1] if moved else ():  # four bytes behind a multiple of 16
+            old = optimizer.state[param]["m_A"]
+            there = torch.empty(old.numel() + 1, device=device)[1:].view_as(old)
+            optimizer.state[param]["m_A"] = there.copy_(old)
+        set_grads(params_of(optimizer), [next(gradients(shape, 1)) for shape in shapes])
+        optimizer.step()
+        bucket, _ = optimizer.last
+        found = optimizer.layouts.matrices([bucket])
+        assert found.aligned is (bucket.view.q % 8 == 0 and not (moved and bucket.params[0] is params_of(optimizer)[0]))
+
+
 def test_work_lists_name_every_tile_once_and_the_chosen_ones_alone() -> None:
     layouts, device = Layouts(limit=3), torch.device("cpu")
     work = layouts.work((5, 4, 9), 4, device)
@@ -277,7 +294,7 @@ for target, rank, kind, narrow, precision in (
     block = table.cholesky_blocks(rank)
     build(cholesky.inverse_cholesky, target, block, WIDTH_OF_R=whole, BLOCK=block.rank, FIRST=False, LAST=True,
           PRECISION=precision, **R)
-    shared = dict(R, CHUNK=chunk, RIGHT_SIDE=True, X_IN_STATE=not narrow, Y_IN_STATE=not narrow,
+    shared = dict(R, CHUNK=chunk, RIGHT_SIDE=True, ALIGNED=narrow, X_IN_STATE=not narrow, Y_IN_STATE=not narrow,
                   PRECISION=precision, S_TYPE=kind)
     block = table.product_blocks(rank)
     build(bases.product, target, block, BLOCK_R=block.rank, BLOCK=block.rows, SCALE=True, FORM=True, WITH_X=False,

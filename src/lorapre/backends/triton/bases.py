@@ -37,11 +37,24 @@ from lorapre.backends.triton.elements import (
 
 
 @triton.jit
-def factor(matrices, matrix, scratch, length, RIGHT_SIDE: tl.constexpr, IN_STATE: tl.constexpr):
-    """Where a factor begins, the distance of its columns, and the rows that may be read: behind K's are zeros."""
+def factor(
+    matrices,
+    matrix,
+    scratch,
+    length,
+    RIGHT_SIDE: tl.constexpr,
+    IN_STATE: tl.constexpr,
+    ALIGNED: tl.constexpr = False,
+):
+    """Where a factor begins, the distance of its columns, and the rows that may be read: behind K's are zeros.
+
+    ALIGNED: as in `lorapre.backends.triton.layout.Matrices`; left ones in scratch always are.
+    """
     if RIGHT_SIDE:
-        base = place_in(scratch, matrices, matrix, RIGHT, A, IN_STATE)
+        base = place_in(scratch, matrices, matrix, RIGHT, A, IN_STATE, ALIGNED)
         column = length
+        if ALIGNED:
+            column = length // 8 * 8
     else:
         base = scratch + field(matrices, matrix, LEFT) // 16 * 16
         column = lines_of(length)
@@ -72,6 +85,7 @@ def product(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     RIGHT_SIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     X_IN_STATE: tl.constexpr,
     Y_IN_STATE: tl.constexpr,
     SCALE: tl.constexpr,
@@ -106,7 +120,7 @@ def product(
     if SCALE:
         size = tl.load(sizes + matrix)
         factor_of = tl.where(size > 0, 1.0 / size, 1.0)
-    base, column = factor(matrices, matrix, X, length, RIGHT_SIDE, X_IN_STATE)
+    base, column = factor(matrices, matrix, X, length, RIGHT_SIDE, X_IN_STATE, ALIGNED)
     Y_base = place_in(Y, matrices, matrix, LEFT, B, Y_IN_STATE)
     B_base = base_of(matrices, matrix, B, S_TYPE)
     total = tl.zeros((BLOCK_R, BLOCK_R), tl.float32)
@@ -169,6 +183,7 @@ def apply(
     OUT: tl.constexpr,
     CHUNK: tl.constexpr,
     RIGHT_SIDE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     X_IN_STATE: tl.constexpr,
     Y_IN_STATE: tl.constexpr,
     SCALE: tl.constexpr,
@@ -186,7 +201,7 @@ def apply(
     matrix = tl.load(items + item * 2).to(tl.int64)
     chunk = tl.load(items + item * 2 + 1)
     length = size_of(matrices, matrix, Q if RIGHT_SIDE else P)
-    base, column = factor(matrices, matrix, X, length, RIGHT_SIDE, X_IN_STATE)
+    base, column = factor(matrices, matrix, X, length, RIGHT_SIDE, X_IN_STATE, ALIGNED)
     row = coefficients + matrix * WIDTH
     on = (tl.load(row + ON) != 0).to(tl.int32)
     # The state stays as it is where the step is not enabled.

@@ -81,6 +81,7 @@ class Matrices:
             launches that read them differ by these.
         left: numbers of scratch for all left factors.
         right: for all right ones.
+        aligned: each m_A begins at a multiple of 16 bytes, and its lines are a multiple of 8 numbers long.
     """
 
     table: Tensor
@@ -89,6 +90,7 @@ class Matrices:
     kinds: tuple[tuple[int, int, int], ...]
     left: int
     right: int
+    aligned: bool
 
     @property
     def n(self) -> int:
@@ -219,6 +221,7 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
     rows: list[list[int]] = []
     kinds: list[tuple[int, int, int]] = []
     left = right = above = before = 0
+    right_aligned = True
     for bucket, lists in zip(buckets, addresses, strict=True):
         view = bucket.view
         p, q, r = view.p, view.q, view.rank
@@ -232,6 +235,7 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
             all((base + step * (view.batch > 1)) % 16 == 0 for base in bases)
             for bases, step in zip(lists, steps, strict=True)
         ]
+        right_aligned = right_aligned and aligned[A] and q % 8 == 0
         kind = (
             places[0].order(view, aligned[0] and all(aligned[2:])),
             places[1].order(view, aligned[1] and all(aligned[2:])),
@@ -248,7 +252,7 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
                 above, before = above + p, before + q
     table = _sent(torch.tensor(rows, dtype=torch.int64), buckets[0].params[0].device)
     sides = tuple(row[P] for row in rows), tuple(row[Q] for row in rows)
-    return Matrices(table, *sides, tuple(kinds), left, right)
+    return Matrices(table, *sides, tuple(kinds), left, right, right_aligned)
 
 
 def lines(numel: int) -> int:

@@ -286,6 +286,7 @@ class _Side:
             "R": self.step.r,
             "CHUNK": self.chunk,
             "RIGHT_SIDE": self.right,
+            "ALIGNED": self.right and self.step.matrices.aligned,
             "X_IN_STATE": self.in_state,
             "PRECISION": table.PRECISION["bases"],
         }
