@@ -47,8 +47,10 @@ def scaled_signs(cols, v_col, mean):
     x = (x ^ (x >> 13)) * _SECOND
     x = x ^ (x >> 16)
     sign = x[:, None] << (31 - tl.arange(0, K)[None, :]).to(tl.uint32) & 0x80000000
-    even = tl.where(mean > 0, v_col / tl.where(mean > 0, mean, 1.0), 1.0)
-    size = tl.rsqrt(tl.maximum(even, _LEAST)).to(tl.uint32, bitcast=True)
+    # Once for all columns: v_col / mean, and 1 where that is 0.
+    inverse = tl.where(mean > 0, 1.0 / tl.where(mean > 0, mean, 1.0), 0.0)
+    none = (mean <= 0).to(tl.float32)
+    size = tl.rsqrt(tl.maximum(v_col * inverse + none, _LEAST)).to(tl.uint32, bitcast=True)
     return (size[:, None] ^ sign).to(tl.float32, bitcast=True)
 
 
