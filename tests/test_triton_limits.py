@@ -344,10 +344,21 @@ made = build(first_pass.project, GPUTarget("cuda", 90, 32), block, G_TYPE=tl.flo
              BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=False, CLIP=True,
              SPECTRAL=True, FULL=False, V_ORDER=0, PRECISION="tf32")
 print(sorted(set(re.findall(r"warp_group_dot_wait .*pendings = ([0-9]+)", made.asm["ttgir"]))))
+
+# Of a turn of the second pass the momentum alone is dealt out anew, not W there and back, or G.
+for kind, size in ((tl.float32, 4), (tl.bfloat16, 2)):
+    for sweeps in (True, False):
+        block = table.blocks(table.UPDATE, 16, size)
+        made = build(second_pass.update, GPUTarget("cuda", 90, 32), block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32,
+                     R=16, BLOCK_R=16, BLOCK_P=block.rows, BLOCK_Q=block.cols, RELATIVE=True, BOUNDED=True, CLIP=True,
+                     FULL=False, GIVEN=False, LEAVE_G=False, SWEEPS=sweeps, STOCHASTIC=False, ROUNDS=7, X_IN_STATE=True,
+                     L_IN_STATE=True, W_ORDER=1, G_ORDER=1, V_ORDER=0, MOMENTUM_PRECISION="tf32", LEFT_PRECISION="tf32")
+        turn = next(loop for loop in made.asm["ttgir"].split("scf.for")[1:] if "warp_group_dot" in loop)
+        print(turn.split("scf.yield")[0].count("ttg.convert_layout"))
 """
 
 
 def test_the_kernels_compile_for_gpus_that_are_not_here(tmp_path: Any) -> None:
     # The interpreter takes what the compiler does not.
     pytest.importorskip("triton.backends.nvidia")
-    assert isolated(BUILD + COMPILE, TRITON_CACHE_DIR=str(tmp_path)) == "cubin True\nhsaco True\n['0']"
+    assert isolated(BUILD + COMPILE, TRITON_CACHE_DIR=str(tmp_path)) == "cubin True\nhsaco True\n['0']\n1\n1\n1\n1"
