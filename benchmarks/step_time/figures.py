@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,11 @@ def training_figure(results: Results) -> Figure:
 
 def _others(axes: Any, rows: list[StepRow]) -> None:
     """Those with a rank as points, the others as levels."""
-    names = list(dict.fromkeys(row.optimizer for row in rows))
-    for number, name in enumerate(names):
+    names = sorted(dict.fromkeys(row.optimizer for row in rows), key=lambda name: name.startswith("LoRAPre"))
+    numbers = {True: count(), False: count()}  # of points and of levels, so that no marker comes twice
+    for name in names:
         own = [row for row in rows if row.optimizer == name]
+        number = next(numbers[own[0].rank is not None])
         colour = OURS[0][0] if name.startswith("LoRAPre") else OTHERS[number % len(OTHERS)][0]
         label = name + (", with its rare work" if own[0].rare_ms is not None else "")
         if own[0].rank is None:
