@@ -101,7 +101,7 @@ def search(
         finite = best is not None and tried[best] < math.inf
         if best is None or len(rates) >= MOST_RATES:
             beyond = None
-        elif finite and best == max(rates):
+        elif finite and best == max(rates) > min(rates):  # of one rate alone, as on a wider model, downwards first
             beyond = 2 * best
         elif best == min(rates):  # of equal losses, infinite ones too, the lowest rate's is the best
             beyond = best / 2
@@ -131,6 +131,7 @@ def wanted(
     """
     runs: list[Run] = []
     best: dict[str, float] = {}
+    behind: dict[Key, int] = {}  # of runs that are less urgent than others of their stage
     first = profile.seeds[0]
     for contestant in profile.rates:
         found = search(profile, contestant, losses, failed)
@@ -146,7 +147,10 @@ def wanted(
             if contestant not in best:
                 continue
             found = search(profile, contestant, losses, failed, model=model, first=(best[contestant],))
-            runs += [Run("larger", model, profile.tokens, contestant, rate, first) for rate in found.rates]
+            here = [Run("larger", model, profile.tokens, contestant, rate, first) for rate in found.rates]
+            runs += here
+            # A second rate waits for the first of every other contestant.
+            behind |= dict.fromkeys((run.key for run in here), sum(run.key in losses for run in here))
             if found.best is not None and contestant in profile.repeated:
                 for seed in profile.seeds[1:]:
                     runs.append(Run("larger-seeds", model, profile.tokens, contestant, found.best, seed))
@@ -159,4 +163,4 @@ def wanted(
     for run in runs:
         if run.stage in stages and run.key not in losses and run.key not in running and run.key not in failed:
             unmade.setdefault(run.key, run)
-    return sorted(unmade.values(), key=lambda run: stages.index(run.stage))
+    return sorted(unmade.values(), key=lambda run: (stages.index(run.stage), behind.get(run.key, 0)))

@@ -86,7 +86,7 @@ def test_a_single_first_rate_is_compared_with_a_neighbour_on_either_side() -> No
     while runs := [run for run in wanted(profile, made) if run.stage == "rates"]:
         order += [run.lr for run in runs]
         made |= losses("a", {run.lr: abs(math.log2(run.lr)) for run in runs})
-    assert order == [1.0, 2.0, 0.5]
+    assert order == [1.0, 0.5, 2.0]
 
 
 def test_rates_that_diverge_are_worse_than_any_loss_and_the_grid_grows_away_from_them() -> None:
@@ -158,8 +158,9 @@ def test_a_larger_model_has_a_search_of_its_own_and_then_more_seeds_of_those_tha
 
     at_b = losses("b", {0.5: 3.2, 1.0: 3.0, 2.0: 3.1}, model="large")
     assert told(at_b) == [("larger", "a", 2.0, 0)]  # b is not repeated
-    assert told(at_b | losses("a", {2.0: 3.0}, model="large")) == [("larger", "a", 4.0, 0)]
-    assert told(at_b | losses("a", {2.0: 3.0, 4.0: 3.1}, model="large")) == [("larger", "a", 1.0, 0)]
+    assert told(at_b | losses("a", {2.0: 3.0}, model="large")) == [("larger", "a", 1.0, 0)]  # a wider one's is lower
+    assert told(at_b | losses("a", {1.0: 3.1, 2.0: 3.0}, model="large")) == [("larger", "a", 4.0, 0)]
+    assert told(losses("b", {1.0: 3.0}, model="large")) == [("larger", "a", 2.0, 0), ("larger", "b", 0.5, 0)]
     done = at_b | losses("a", {0.5: 3.2, 1.0: 2.9, 2.0: 3.0, 4.0: 3.1}, model="large")
     assert told(done) == [("larger-seeds", "a", 1.0, 1), ("larger-seeds", "a", 1.0, 2)]
 
