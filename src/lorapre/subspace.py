@@ -53,7 +53,7 @@ def orthonormalize(X: Tensor, *, passes: int = 2, gram_dtype: torch.dtype = torc
 def basis(X: Tensor) -> Tensor:
     """An orthonormal basis (n, p, r) of the columns of ``X`` (n, p, r): what `sweep` takes.
 
-    On a CPU by Householder's reflections, which LAPACK makes in half of the time or less; elsewhere, where they are
+    On a CPU by Householder's reflections, which LAPACK makes in less time; elsewhere, where they are
     slow, by `orthonormalize`. Columns come in the same order and with the same signs. What is missing in a singular X
     the reflections fill up, so that Q^T Q = I throughout.
     """
