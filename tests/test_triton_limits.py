@@ -120,21 +120,23 @@ def test_layouts_are_made_once_while_tensors_stay_in_place(device: torch.device)
         assert_close(mine, other, 1e-5)
 
 
-@pytest.mark.parametrize("shapes", [((12, 24), (9, 40)), ((12, 24), (9, 20)), ((3, 12, 24),)])
+@pytest.mark.parametrize(
+    ("shapes", "whole"), [(((12, 24), (9, 40)), True), (((12, 24), (9, 20)), False), (((3, 12, 24),), True)]
+)
 def test_lines_of_right_factors_are_taken_for_aligned_only_where_all_of_them_are(
-    shapes: tuple[Shape, ...], device: torch.device
+    shapes: tuple[Shape, ...], whole: bool, device: torch.device
 ) -> None:
     optimizer, _ = both(shapes, torch.float32, device, rank=4)
+    state = optimizer.state[params_of(optimizer)[0]]
     for moved in (False, True):
-        for param in params_of(optimizer)[:1] if moved else ():  # four bytes behind a multiple of 16
-            old = optimizer.state[param]["m_A"]
-            there = torch.empty(old.numel() + 1, device=device)[1:].view_as(old)
-            optimizer.state[param]["m_A"] = there.copy_(old)
+        if moved:  # four bytes behind a multiple of 16
+            there = torch.empty(state["m_A"].numel() + 1, device=device)[1:].view_as(state["m_A"])
+            state["m_A"] = there.copy_(state["m_A"])
         set_grads(params_of(optimizer), [next(gradients(shape, 1)) for shape in shapes])
         optimizer.step()
-        bucket, _ = optimizer.last
-        found = optimizer.layouts.matrices([bucket])
-        assert found.aligned is (bucket.view.q % 8 == 0 and not (moved and bucket.params[0] is params_of(optimizer)[0]))
+        *_, latest = (made for made in optimizer.layouts._made.values() if isinstance(made, Matrices))
+        assert len(latest.p) == sum(shape[0] if len(shape) == 3 else 1 for shape in shapes)
+        assert latest.aligned is (whole and not moved)
 
 
 def test_work_lists_name_every_tile_once_and_the_chosen_ones_alone() -> None:

@@ -90,7 +90,9 @@ def sweep(B: Tensor, A: Tensor, G: Tensor, GA: Tensor, *, decay: float, gain: fl
         gain: weight of the gradient.
     """
     U = basis(B * decay + GA * gain)  # (n, p, r)
-    return right_half(U, carried(U, B, A, decay=decay).baddbmm_(U.mT, G, alpha=gain), A)
+    L = torch.bmm(torch.bmm(U.mT, B) * decay, A).baddbmm_(U.mT, G, alpha=gain)  # U^T M' (n, r, q)
+    new_A = _next_basis(L, A)
+    return torch.bmm(U, torch.bmm(L, new_A.mT)), new_A
 
 
 def on_old_basis(B: Tensor, GA: Tensor, *, decay: float, gain: float) -> Tensor:
@@ -99,20 +101,6 @@ def on_old_basis(B: Tensor, GA: Tensor, *, decay: float, gain: float) -> Tensor:
     ``B`` and ``GA`` = G A^T are (n, p, r). What a step costs that does not `sweep`: no second product with G, no basis.
     """
     return B * decay + GA * gain
-
-
-def carried(U: Tensor, B: Tensor, A: Tensor, *, decay: float) -> Tensor:
-    """U^T (decay M), (n, r, q): what L = U^T M' lacks then is gain U^T G."""
-    return torch.bmm(torch.bmm(U.mT, B) * decay, A)
-
-
-def right_half(U: Tensor, L: Tensor, A: Tensor, basis_of: Callable[[Tensor], Tensor] = basis) -> tuple[Tensor, Tensor]:
-    """The second half of `sweep`: (B, A) of the product U L with A's rows orthonormal, ``A`` being the old basis.
-
-    ``basis_of`` is what makes columns orthonormal.
-    """
-    new_A = _next_basis(L, A, basis_of)
-    return torch.bmm(U, torch.bmm(L, new_A.mT)), new_A
 
 
 def _next_basis(L: Tensor, A: Tensor, basis_of: Callable[[Tensor], Tensor] = basis) -> Tensor:
