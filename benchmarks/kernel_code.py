@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,33 +28,39 @@ from lorapre.backends.triton import bases, first_pass, layout, second_pass, tabl
 
 HOPPER = GPUTarget("cuda", 90, 32)
 TYPES = {"float32": (tl.float32, 4), "bfloat16": (tl.bfloat16, 2)}
-#: Arguments that are no addresses of float32.
-NUMBERS = ("decay", "gain", "beta2", "eps", "limit", "sign")
-INTEGERS = ("seed", "first_given")
-LISTS = ("items", "starts")
+#: Arguments of the library's kernels that are no addresses of float32.
+NUMBERS = (
+    "decay gain ahead beta2 eps keep cross outside v_scale rate step limit shift weight factor clipping sign floor"
+)
+NUMBERS += " damping rate_m rate_v"
+INTEGERS = "n seed right_programs first first_given tiles row_tiles col_tiles numel start R rows columns height width"
+INTEGERS += " offset left_offset right_shift"
+LISTS = "items starts right_items left_items works"
+OF_NAME = {
+    **dict.fromkeys(NUMBERS.split(), "fp32"),
+    **dict.fromkeys(INTEGERS.split(), "i32"),
+    **dict.fromkeys(LISTS.split(), "*i32"),
+    "matrices": "*i64",
+    "enabled": "*u8",
+}
 #: In the table: barriers; shared memory read, written; memory read at once, ahead; registers read back, spilled.
 SHOWN = ("BAR", "LDS", "STS", "LDG", "LDGSTS", "LDL", "STL", "HGMMA", "MUFU")
 
 
-def build(kernel: Any, blocks: table.Blocks, **constants: Any) -> Any:
-    """``kernel`` for `HOPPER`, its addresses aligned as torch's are."""
-    types = {}
-    for name in kernel.arg_names:
-        types[name] = "*fp32"
-        if name in NUMBERS:
-            types[name] = "fp32"
-        elif name in INTEGERS:
-            types[name] = "i32"
-        elif name in LISTS:
-            types[name] = "*i32"
-        elif name == "matrices":
-            types[name] = "*i64"
-        elif name in constants:
-            types[name] = "constexpr"
+def build(
+    kernel: Any,
+    target: GPUTarget,
+    blocks: table.Blocks | None = None,
+    doubles: Collection[str] = (),
+    **constants: Any,
+) -> Any:
+    """``kernel`` for ``target``, its addresses aligned as torch's are; ``doubles`` are those of float64."""
+    types = {name: OF_NAME.get(name, "*fp32") for name in kernel.arg_names}
+    types |= dict.fromkeys(types.keys() & set(doubles), "*fp64") | dict.fromkeys(constants, "constexpr")
     place = kernel.arg_names.index
     aligned = {(place(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind.startswith("*")}
     source = ASTSource(kernel, types, {(place(name),): value for name, value in constants.items()}, aligned)
-    return triton.compile(source, target=HOPPER, options=table.launch(blocks))
+    return triton.compile(source, target=target, options=table.launch(blocks) if blocks else {})
 
 
 def kernels(rank: int, dtype: str) -> Mapping[str, Any]:
@@ -64,7 +70,7 @@ def kernels(rank: int, dtype: str) -> Mapping[str, Any]:
     block = table.blocks(table.UPDATE, rank, size)
     found = {
         name: build(
-            second_pass.update, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, R=rank, BLOCK_R=block.rank,
+            second_pass.update, HOPPER, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, R=rank, BLOCK_R=block.rank,
             BLOCK_P=block.rows, BLOCK_Q=block.cols, RELATIVE=True, BOUNDED=True, CLIP=True, FULL=False, GIVEN=False,
             LEAVE_G=False, SWEEPS=sweeps, STOCHASTIC=False, ROUNDS=7, X_IN_STATE=True, L_IN_STATE=True, W_ORDER=rows,
             G_ORDER=rows, V_ORDER=0, MOMENTUM_PRECISION=table.PRECISION["momentum"],
@@ -74,7 +80,7 @@ def kernels(rank: int, dtype: str) -> Mapping[str, Any]:
     }  # fmt: skip
     block = table.blocks(table.PROJECT, rank, size)
     found["project"] = build(
-        first_pass.project, block, G_TYPE=kind, S_TYPE=tl.float32, R=rank, BLOCK_R=block.rank, BLOCK_P=block.rows,
+        first_pass.project, HOPPER, block, G_TYPE=kind, S_TYPE=tl.float32, R=rank, BLOCK_R=block.rank, BLOCK_P=block.rows,
         BLOCK_Q=block.cols, NEGATE=False, CLIP=True, SPECTRAL=True, FULL=False, ORDER=rows, V_ORDER=0,
         PRECISION=table.PRECISION["project"],
     )  # fmt: skip
@@ -83,10 +89,10 @@ def kernels(rank: int, dtype: str) -> Mapping[str, Any]:
         "X_IN_STATE": True, "Y_IN_STATE": True, "SCALE": False, "FORM": False, "PRECISION": table.PRECISION["bases"],
     }  # fmt: skip
     block = table.product_blocks(rank)
-    found["product"] = build(bases.product, block, BLOCK_R=block.rank, BLOCK=block.rows, WITH_X=False, **shared)
+    found["product"] = build(bases.product, HOPPER, block, BLOCK_R=block.rank, BLOCK=block.rows, WITH_X=False, **shared)
     block = table.apply_blocks(rank)
     found["apply"] = build(
-        bases.apply, block, BLOCK_R=table.padded(rank), BLOCK=block.rows, OUT=block.cols,
+        bases.apply, HOPPER, block, BLOCK_R=table.padded(rank), BLOCK=block.rows, OUT=block.cols,
         GRAM=rank <= table.FUSED_RANK, CARRY=False, **shared,
     )  # fmt: skip
     return found

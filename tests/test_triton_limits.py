@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,34 +251,13 @@ def test_the_cpu_is_refused_without_the_interpreter() -> None:
     assert "TRITON_INTERPRET" in isolated(code)
 
 
-BUILD = """
+#: What the kernels' compilation begins with, in an interpreter of its own.
+BUILD = f"""
+import sys
+sys.path.append({str(Path(__file__).resolve().parents[1] / "benchmarks")!r})
 import triton.language as tl
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from kernel_code import GPUTarget, build
 from lorapre.backends.triton import table
-
-numbers = "decay gain ahead beta2 eps keep cross outside v_scale rate step limit shift weight factor".split()
-numbers += ["clipping", "sign", "floor"]
-integers = "n seed right_programs first first_given tiles row_tiles col_tiles numel start R".split()
-integers += "rows columns height width".split()
-lists = "items starts right_items left_items works".split()
-
-def build(kernel, target, blocks=None, doubles=(), **constants):
-    names = kernel.arg_names
-    types = {}
-    for name in names:
-        types[name] = "*fp32"
-        if name in numbers: types[name] = "fp32"
-        if name in integers: types[name] = "i32"
-        if name in lists: types[name] = "*i32"
-        if name == "matrices": types[name] = "*i64"
-        if name == "enabled": types[name] = "*u8"
-        if name in doubles: types[name] = "*fp64"
-        if name in constants: types[name] = "constexpr"
-    source = ASTSource(kernel, types, {(names.index(name),): value for name, value in constants.items()})
-    options = table.launch(blocks) if blocks else {}
-    return compile(source, target=target, options=options)
 """
 COMPILE = """
 import re
