@@ -374,11 +374,12 @@ for target, rank, kind in ((GPUTarget("cuda", 80, 32), 40, tl.float32), (GPUTarg
     whole = table.padded(rank)
     both = dict(FIRST=0, MOMENTS=2)
     block = table.NEWTON_GRAM
-    made = build(newton_inverses.gram, target, block, doubles, S_TYPE=kind, R=rank, BLOCK_R=16, BLOCK=block.rows, **both)
+    made = build(newton_inverses.gram, target, block, doubles, S_TYPE=kind, R=rank, BLOCK_R=16, BLOCK=block.rows,
+                 **both)
     print("mma" in made.asm["ptx"])
     block = table.NEWTON_INVERT
-    build(newton_inverses.invert, target, block, and_parts, R=rank, BLOCK=16, COLS=16, WIDE=whole, FIRST_SIDE=0, SIDES=2,
-          RELATIVE=True, **both)
+    build(newton_inverses.invert, target, block, and_parts, R=rank, BLOCK=16, COLS=16, WIDE=whole, FIRST_SIDE=0,
+          SIDES=2, RELATIVE=True, **both)
 build(newton_inverses.overlap, target, block, doubles, R=rank, BLOCK=1024)
 block = table.square_blocks(rank)
 common = dict(R=rank, BLOCK_R=whole, BLOCK=block.rows, INNER=block.cols, PRECISION="tf32x3", **both)
@@ -390,8 +391,8 @@ tile = dict(RM=rank, RV=3, BLOCK_M=whole, BLOCK_V=16, BLOCK_P=block.rows, BLOCK_
 build(newton_kernels.project, target, block, doubles, SQUARES=True, ORDER=1, **tile)
 block = table.blocks(table.NEWTON_UPDATE, rank, 2)
 tile |= dict(BLOCK_P=block.rows, BLOCK_Q=block.cols, OUT=16, INNER=32, PARTS=1, RESIDUAL=True, RELATIVE=True)
-made = build(newton_kernels.update, target, block, doubles, W_TYPE=kind, BOUNDED=True, STOCHASTIC=True, ROUNDS=7, W_ORDER=1,
-             G_ORDER=2, MOMENT_PRECISION="tf32", SQUARE_PRECISION="tf32x3", **tile)
+made = build(newton_kernels.update, target, block, doubles, W_TYPE=kind, BOUNDED=True, STOCHASTIC=True, ROUNDS=7,
+             W_ORDER=1, G_ORDER=2, MOMENT_PRECISION="tf32", SQUARE_PRECISION="tf32x3", **tile)
 print("cubin" in made.asm and made.metadata.shared <= 227 * 1024)
 """
 
