@@ -100,7 +100,7 @@ def test_the_estimate_of_memory_follows_the_backend() -> None:
     ids=str,
 )
 def test_an_estimate_for_a_device_counts_what_auto_takes_there(
-    kind: Any, rank: int, options: dict[str, Any], by_kernels: bool
+    kind: Any, rank: int, options: dict[str, Any], by_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def scratch(backend: str, device: str | None) -> int:
         params = [torch.empty(2048, 5461, device="meta") for _ in range(3)]
@@ -110,6 +110,8 @@ def test_an_estimate_for_a_device_counts_what_auto_takes_there(
     assert scratch("auto", "cuda") == scratch("triton" if by_kernels else "eager", "cuda")
     assert scratch("auto", "cpu") == scratch("eager", "cpu") <= scratch("eager", "cuda")
     assert scratch("auto", None) == scratch("eager", None) == scratch("eager", "cuda"), "the most that any takes"
+    monkeypatch.setattr(backend, "installed", lambda: False)
+    assert scratch("auto", "cuda") == scratch("eager", "cuda")
 
 
 # Who steps.

@@ -99,9 +99,10 @@ def _parted(job: Job) -> tuple[list[Bucket], list[Bucket]]:
 
 
 def foreseen(bucket: Bucket, hyper: Hyperparameters, backend: Backend, device_type: str) -> bool:
-    """Whether the kernels will step such a bucket on such a device, if Triton is there and the tensors are plain."""
+    """Whether the kernels will step such a bucket, of plain tensors, on such a device, which need not be here."""
     if backend == "auto":
-        return _measured(bucket, hyper, device_type) and triton.unsupported_option(bucket, hyper) is None
+        measured = triton.installed() and _measured(bucket, hyper, device_type)
+        return measured and triton.unsupported_option(bucket, hyper) is None
     return backend == "triton"
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from operator import attrgetter
 
 import torch
@@ -23,7 +24,7 @@ from lorapre.backends.opened import Opened
 from lorapre.backends.triton import table
 from lorapre.backends.triton.layout import Layouts, place_of
 
-__all__ = ["Layouts", "cohorts", "open_step", "supports", "unsupported_option"]
+__all__ = ["Layouts", "cohorts", "installed", "open_step", "supports", "unsupported_option"]
 
 _dtype, _device = attrgetter("dtype"), attrgetter("device")
 
@@ -47,6 +48,12 @@ _LEAST_SHARE = 1e-2
 
 #: What is kept of a matrix under Muon.
 _MUON_STATES = (["m_A", "m_B"], ["m_A", "m_B", "u_col"], ["m_A", "m_B", "u_row"])
+
+
+@cache
+def installed() -> bool:
+    """Whether triton is, on whatever device it may run."""
+    return find_spec("triton") is not None
 
 
 @cache
