@@ -146,7 +146,8 @@ def wanted(
         for contestant in profile.confirmed:
             if contestant not in best:
                 continue
-            found = search(profile, contestant, losses, failed, model=model, first=(best[contestant],))
+            start = profile.starts.get((model, contestant), (best[contestant],))
+            found = search(profile, contestant, losses, failed, model=model, first=start)
             here = [Run("larger", model, profile.tokens, contestant, rate, first) for rate in found.rates]
             runs += here
             # A second rate waits for the first of every other contestant.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 ADAM_RATES = (5e-4, 1e-3, 2e-3)
 MUON_RATES = (2.5e-3, 5e-3)
@@ -47,6 +47,7 @@ class Profile:
         long_tokens: of such a run.
         larger: models on which ``confirmed`` run, in a grid of their own that begins with the search's best rate.
         confirmed: contestants for larger models.
+        starts: rates to begin with instead, by model and contestant: the best ones of a relative.
         repeated: of them, those that get more seeds there.
         batch_size: sequences a step.
         sequence_length: tokens of a sequence.
@@ -68,6 +69,7 @@ class Profile:
     long_tokens: int = 300_000_000
     larger: tuple[str, ...] = ()
     confirmed: tuple[str, ...] = ()
+    starts: Mapping[tuple[str, str], tuple[float, ...]] = field(default_factory=dict)
     repeated: tuple[str, ...] = ()
     batch_size: int = 128
     sequence_length: int = 256
@@ -77,7 +79,7 @@ class Profile:
     tokenizer: str | None = None
 
     def __post_init__(self) -> None:
-        for contestant in (*self.finalists, *self.long, *self.confirmed):
+        for contestant in (*self.finalists, *self.long, *self.confirmed, *(name for _, name in self.starts)):
             if contestant not in self.rates:
                 raise ValueError(f"{contestant} has no rates to be searched among. Name it in rates, too.")
 
@@ -142,6 +144,7 @@ MAIN = Profile(
     long=FINALISTS,
     larger=("llama-60m", "llama-130m"),
     confirmed=(*FINALISTS, *RESTING),
+    starts={("llama-130m", RESTING[0]): (2e-3,), ("llama-130m", RESTING[1]): (1e-3,)},
     repeated=("adamw", "muon", DEFAULT, DEFAULT_LOW, *RESTING, _muon(4.0, "1/4")),
 )
 

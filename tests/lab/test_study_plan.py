@@ -161,6 +161,8 @@ def test_a_larger_model_has_a_search_of_its_own_and_then_more_seeds_of_those_tha
     assert told(at_b | losses("a", {2.0: 3.0}, model="large")) == [("larger", "a", 1.0, 0)]  # a wider one's is lower
     assert told(at_b | losses("a", {1.0: 3.1, 2.0: 3.0}, model="large")) == [("larger", "a", 4.0, 0)]
     assert told(losses("b", {1.0: 3.0}, model="large")) == [("larger", "a", 2.0, 0), ("larger", "b", 0.5, 0)]
+    started = replace(profile, starts={("large", "a"): (0.5,)})
+    assert asked(wanted(started, A | B), "larger") == [("b", 1.0), ("a", 0.5)]
     done = at_b | losses("a", {0.5: 3.2, 1.0: 2.9, 2.0: 3.0, 4.0: 3.1}, model="large")
     assert told(done) == [("larger-seeds", "a", 1.0, 1), ("larger-seeds", "a", 1.0, 2)]
 
