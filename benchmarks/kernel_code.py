@@ -70,7 +70,8 @@ def kernels(rank: int, dtype: str) -> Mapping[str, Any]:
         name: build(
             second_pass.update, HOPPER, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, R=rank, BLOCK_R=block.rank,
             BLOCK_P=block.rows, BLOCK_Q=block.cols, RELATIVE=True, BOUNDED=True, CLIP=True, FULL=False, GIVEN=False,
-            LEAVE_G=False, SWEEPS=sweeps, STOCHASTIC=False, ROUNDS=7, X_IN_STATE=True, L_IN_STATE=True, W_ORDER=rows,
+            LEAVE_G=False, SWEEPS=sweeps, ASYNC=table.asynchronous(rank, size, aligned=True), STOCHASTIC=False, ROUNDS=7,
+            X_IN_STATE=True, L_IN_STATE=True, W_ORDER=rows,
             G_ORDER=rows, V_ORDER=0, MOMENTUM_PRECISION=table.PRECISION["momentum"],
             LEFT_PRECISION=table.PRECISION["left"],
         )

@@ -13,7 +13,7 @@ from lorapre.backends import rounding
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
 from lorapre.backends.triton import high_rank, second_pass, spectral, table
-from lorapre.backends.triton.layout import Layouts, Work
+from lorapre.backends.triton.layout import ROWS_ALIGNED, Layouts, Work
 from lorapre.backends.triton.step import TYPES, on_device_of
 from lorapre.backends.triton.subspace_step import SubspaceStep
 
@@ -127,6 +127,7 @@ class AdamStep(SubspaceStep):
         """The second pass; ``given`` is the first matrix whose momentum is given."""
         hyper = self.hyper
         W_order, G_order, V_order = orders
+        aligned = W_order == G_order == ROWS_ALIGNED
         second_pass.update[(work.programs,)](
             self.matrices.table,
             work.items,
@@ -157,6 +158,7 @@ class AdamStep(SubspaceStep):
             GIVEN=given is not None,
             LEAVE_G=self.sweeps and given is not None,
             SWEEPS=self.sweeps and given is None,
+            ASYNC=given is None and table.asynchronous(r, self.W_dtype.itemsize, aligned=aligned),
             STOCHASTIC=self.seed is not None,
             ROUNDS=rounding.ROUNDS,
             X_IN_STATE=self.X_in_state and given is None,

@@ -147,6 +147,7 @@ def update(
     GIVEN: tl.constexpr,
     LEAVE_G: tl.constexpr,
     SWEEPS: tl.constexpr,
+    ASYNC: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     ROUNDS: tl.constexpr,
     X_IN_STATE: tl.constexpr,
@@ -165,7 +166,8 @@ def update(
     tiles may be narrow, and several programs share a processor and hide each other's latency. Without SWEEPS there
     is no L, and nobody reads U and C. Where GIVEN, which does not sweep, U is the momentum X A itself, (p, q) in
     `lines_of` both, of one matrix after the other from ``first_given`` on, and W and v are all that is stepped; if
-    LEAVE_G, G takes the momentum's place, as float32.
+    LEAVE_G, G takes the momentum's place, as float32. ASYNC: W comes through shared memory, some turns ahead, where it
+    else comes in registers, one turn ahead.
     """
     ALIGNED: tl.constexpr = (G_ORDER == ROWS_ALIGNED) | (G_ORDER == COLUMNS_ALIGNED)
     item = tl.program_id(0)
@@ -226,9 +228,9 @@ def update(
     if not FULL:
         squares = tl.zeros((BLOCK_P, BLOCK_Q), tl.float32)
     first = tl.arange(0, BLOCK_P)
-    # W is asked for one turn ahead: nothing else would hide how long it takes.
     inside = (first < live)[:, None] & (cols < q)[None, :]
-    coming = tl.load(tile_of(W_base, first, cols, W_row_stride, W_col_stride, W_ORDER), mask=inside, other=0.0)
+    if not ASYNC:
+        coming = tl.load(tile_of(W_base, first, cols, W_row_stride, W_col_stride, W_ORDER), mask=inside, other=0.0)
     # So is G where its numbers are too small to be copied to shared memory one by one, some turns ahead.
     AHEAD: tl.constexpr = not ALIGNED and (G_TYPE != tl.float32)  # noqa: SIM300 (no constant)
     if AHEAD:
@@ -239,10 +241,13 @@ def update(
             mask=(first < live)[:, None] & (cols < q)[None, :],
             other=0.0,
         )
-    for start in range(0, p, BLOCK_P):
+    # What is to be multiplied is asked for some turns ahead anyway.
+    STAGES: tl.constexpr = 3 if ASYNC or (GIVEN and not LEAVE_G) else None
+    for start in tl.range(0, p, BLOCK_P, num_stages=STAGES):
         rows = start + first
         inside = (rows < live)[:, None] & (cols < q)[None, :]
-        here = coming
+        if not ASYNC:
+            here = coming
         after = rows + BLOCK_P
         if FULL:
             here_v = coming_v
@@ -278,11 +283,14 @@ def update(
         if not GIVEN:
             momentum = tracked(X_base, basis, ranks, rows, p, R, MOMENTUM_PRECISION)
         # Behind the products in this text, or `laid_out_as` moves the wrong one of its operands.
-        coming = tl.load(
-            tile_of(W_base, after, cols, W_row_stride, W_col_stride, W_ORDER),
-            mask=(after < live)[:, None] & (cols < q)[None, :],
-            other=0.0,
-        )
+        if ASYNC:
+            here = tl.load(tile_of(W_base, rows, cols, W_row_stride, W_col_stride, W_ORDER), mask=inside, other=0.0)
+        else:
+            coming = tl.load(
+                tile_of(W_base, after, cols, W_row_stride, W_col_stride, W_ORDER),
+                mask=(after < live)[:, None] & (cols < q)[None, :],
+                other=0.0,
+            )
         if GIVEN:
             given_at = U_base + (rows[:, None] * width + cols[None, :])
             m = signed * g + tl.load(given_at, mask=inside, other=0.0)

@@ -184,7 +184,7 @@ def chunk_rows(rank: int) -> int:
 def product_blocks(rank: int) -> Blocks:
     """Rows at once, and the block of ranks, of a product of two factors."""
     block = min(padded(rank), 64)
-    return Blocks(32, 0, block, 4, 3) if block < 64 else Blocks(64, 0, block, 4, 2)
+    return Blocks(32, 0, block, 4, 3) if block < 64 else Blocks(64, 0, block, 4, 2 if rank <= 64 else 1)
 
 
 def blocked_cholesky_blocks() -> Blocks:
@@ -271,6 +271,14 @@ def muon_scratch_bytes(view: MatrixView, dtype: torch.dtype, weight_bytes: int, 
     """The same of ``count`` parameters in turns: as much as `scratch_limit` allows, or one matrix."""
     each = orthogonal_bytes(view.p, view.q, dtype)
     return each * max(1, min(count * view.batch, scratch_limit(weight_bytes) // each))
+
+
+def asynchronous(rank: int, weight_itemsize: int, *, aligned: bool) -> bool:
+    """Whether the second pass reads the weights through shared memory, of rows that may be read 16 bytes at a time.
+
+    Up to rank 64 float32 is as fast one turn ahead in registers, and rows that are not aligned are slower (H100).
+    """
+    return aligned and (weight_itemsize == 2 or rank > 64)
 
 
 def given_blocks() -> Blocks:
