@@ -31,9 +31,9 @@ TYPES = {"float32": (tl.float32, 4), "bfloat16": (tl.bfloat16, 2)}
 #: Arguments of the library's kernels that are no addresses of float32.
 NUMBERS = "decay gain ahead beta2 eps keep cross outside v_scale rate rate_m rate_v step limit shift weight factor"
 NUMBERS += " clipping sign floor damping"
-INTEGERS = "n seed right_programs first first_given tiles row_tiles col_tiles numel start R rows columns height width"
+INTEGERS = "n seed size right_programs first first_given tiles row_tiles col_tiles numel start R rows columns height width"
 INTEGERS += " offset left_offset right_shift"
-LISTS = "items starts right_items left_items works"
+LISTS = "items starts sign_starts right_items left_items works"
 OF_NAME = {
     **dict.fromkeys(NUMBERS.split(), "fp32"),
     **dict.fromkeys(INTEGERS.split(), "i32"),
@@ -80,8 +80,8 @@ def kernels(rank: int, dtype: str) -> Mapping[str, Any]:
     block = table.blocks(table.PROJECT, rank, size)
     found["project"] = build(
         first_pass.project, HOPPER, block, G_TYPE=kind, S_TYPE=tl.float32, R=rank, BLOCK_R=block.rank,
-        BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=False, CLIP=True, SPECTRAL=True, FULL=False, ORDER=rows,
-        V_ORDER=0, PRECISION=table.PRECISION["project"],
+        BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=False, CLIP=True, SPECTRAL=True, WHOLE=True, FULL=False,
+        SWEEPS=True, ORDER=rows, V_ORDER=0, PRECISION=table.PRECISION["project"],
     )  # fmt: skip
     shared = {
         "S_TYPE": tl.float32, "R": rank, "CHUNK": table.chunk_rows(rank), "RIGHT_SIDE": True, "ALIGNED": True,

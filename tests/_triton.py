@@ -95,6 +95,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "NEWTON_INVERT", table.Blocks(16, 16, 0, 4, 1))
     monkeypatch.setattr(table, "CHUNK", 64)
     monkeypatch.setattr(table, "ELEMENTS", 512)
+    monkeypatch.setattr(table, "SIGNS", 64)
 
 
 class TritonAdamW(LoRAPreAdamW):

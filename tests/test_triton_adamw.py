@@ -169,12 +169,21 @@ def test_the_step_is_that_of_the_formulas(case: Case, device: torch.device) -> N
         Case("wide", ((40, 101), (40, 101)), rank=16, options={"capturable": True}),
         Case("transposed", ((70, 50),), rank=20, transposed_weights=True, transposed_grads=True),
         Case("full v", ((70, 50),), rank=37, options=CLIPPED, transposed_weights=True),
-        Case("sweeping once", ((70, 90),), rank=37, options={"sweep_interval": 9, "spectral_clipping": 0.1}),
+        Case("sweeping once", ((70, 90),), rank=37, options={"sweep_interval": 9}),
         Case("spectrum clipped", ((70, 90),), rank=37, options={"spectral_clipping": 0.1}, transposed_grads=True),
+        Case("both", ((70, 130),), rank=37, options={"sweep_interval": 9, "spectral_clipping": 0.1}),
     ],
     ids=lambda case: case.name,
 )
-def test_the_cuts_into_blocks_and_parts_change_nothing(case: Case, device: torch.device) -> None:
+def test_the_cuts_into_blocks_and_parts_change_nothing(
+    case: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case.options.get("spectral_clipping"):
+        optimizer, _ = both(case.shapes, torch.float32, device, rank=case.rank, **case.options)
+        params_of(optimizer)[0].grad = next(gradients(case.shapes[0], 1)).to(device, torch.float32)
+        with pytest.raises(ValueError, match=r"PROJECT cuts rank 37: .* needs all ranks in one program"):
+            optimizer.step()
+        monkeypatch.setattr(table, "PROJECT", tuple((*row, replace(block, rank=0)) for *row, block in table.PROJECT))
     run_beside_the_reference(case, torch.float32, device, 1e-5)
 
 

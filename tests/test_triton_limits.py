@@ -298,12 +298,12 @@ for target, rank, kind, narrow, precision in (
     tile = dict(R, BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=True, CLIP=True,
                 FULL=narrow, V_ORDER=2)
     build(first_pass.project, target, block, G_TYPE=kind, S_TYPE=kind, ORDER=1, SPECTRAL=not narrow,
-          PRECISION=precision, **tile)
+          WHOLE=not narrow and rank <= table.KERNEL_RANK, SWEEPS=narrow, PRECISION=precision, **tile)
     block = table.SKETCH
-    shared = dict(R, S_TYPE=kind, BLOCK_R=min(block.rank, whole), PRECISION=precision)
-    build(spectral.totals, target, block, BLOCK_Q=block.cols, PARTS=2, **shared)
-    build(spectral.divide, target, block, BLOCK_P=block.rows, CLIP=True, X_IN_STATE=not narrow,
-          WHOLE=narrow, **shared)
+    build(spectral.signs, target, block, BLOCK_R=min(block.rank, whole), BLOCK_Q=block.cols, S_TYPE=kind,
+          PRECISION=precision, **R)
+    build(spectral.totals, target, PARTS=1, CLIP=narrow)
+    build(spectral.divide, target, block, BLOCK_P=block.rows, CLIP=True, S_TYPE=kind, PRECISION=precision)
     most = min(rank, table.KERNEL_RANK)
     block = table.blocks(table.UPDATE, most, size)
     tile |= dict(R=most, BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols)
@@ -324,7 +324,7 @@ for target, rank, kind, narrow, precision in (
 block = table.blocks(table.PROJECT, 64, 4)
 made = build(first_pass.project, GPUTarget("cuda", 90, 32), block, G_TYPE=tl.float32, S_TYPE=tl.float32, R=64, ORDER=1,
              BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, NEGATE=False, CLIP=True,
-             SPECTRAL=True, FULL=False, V_ORDER=0, PRECISION="tf32")
+             SPECTRAL=True, WHOLE=True, FULL=False, SWEEPS=True, V_ORDER=0, PRECISION="tf32")
 print(sorted(set(re.findall(r"warp_group_dot_wait .*pendings = ([0-9]+)", made.asm["ttgir"]))))
 
 # Of a turn of the second pass the momentum alone is dealt out anew, not W there and back, or G.

@@ -13,7 +13,7 @@ from lorapre.backends import rounding
 from lorapre.backends.batches import Bucket
 from lorapre.backends.eager import AdamHyperparameters
 from lorapre.backends.triton import high_rank, second_pass, spectral, table
-from lorapre.backends.triton.layout import ROWS_ALIGNED, Layouts, Work
+from lorapre.backends.triton.layout import ROWS_ALIGNED, Layouts, Work, lines
 from lorapre.backends.triton.step import TYPES, on_device_of
 from lorapre.backends.triton.subspace_step import SubspaceStep
 
@@ -38,10 +38,18 @@ class AdamStep(SubspaceStep):
         # Else nobody asks for a v in full in the first pass.
         full = self.full and (hyper.update_clipping or hyper.relative_eps)
         self.spectral = hyper.spectral_clipping is not None
-        self._gathered = {"CLIP": hyper.update_clipping, "SPECTRAL": self.spectral, "FULL": full}
+        whole = self.spectral and not self.by_torch
+        self._gathered = {"CLIP": hyper.update_clipping, "SPECTRAL": self.spectral, "WHOLE": whole, "FULL": full}
+        if whole and self.project_parts > 1:
+            raise ValueError(f"table.PROJECT cuts rank {self.r}: what sketches an update needs all ranks in one program")
         if self.spectral:
-            self.sketches = self._empty(sum(self.matrices.p) * sketch.COLUMNS)
-            self.rights = self._empty(self.n * self.r * sketch.COLUMNS)
+            K, q = sketch.COLUMNS, self.matrices.q
+            self.sign_columns = max(map(table.padded, q)) if self.by_torch else table.SIGNS
+            self.sign_work = self._work(q, self.sign_columns)
+            self.sign_starts = self.sign_work.starts
+            self.signs = self._empty(K * sum(map(lines, q)))
+            self.rights = self._empty(self.sign_work.tiles * self.r * K)
+            self.sketches = self._empty(K * (K * self.project_rows.tiles if whole else sum(self.matrices.p)))
 
     def proceed(self, enabled: Tensor | None) -> None:
         """As of its base; see there."""
@@ -52,11 +60,29 @@ class AdamStep(SubspaceStep):
             self._mask(enabled)
             high_rank.proceed(self)
 
+    def _project(self) -> None:
+        if self.spectral:
+            block = table.SKETCH
+            ranks = min(block.rank, table.padded(self.r))
+            spectral.signs[(self.sign_work.programs * math.ceil(self.r / ranks),)](
+                self.matrices.table,
+                self.sign_work.items,
+                self.signs,
+                self.rights,
+                self.sign_columns,
+                S_TYPE=TYPES[self.S_dtype],
+                R=self.r,
+                BLOCK_R=ranks,
+                BLOCK_Q=block.cols,
+                PRECISION=table.PRECISION["project"],
+                **table.launch(block),
+            )
+        super()._project()
+
     def _totals(self) -> None:
-        if not self.spectral:
+        if not self._gathered["WHOLE"]:
             super()._totals()
             return
-        block = table.SKETCH
         spectral.totals[(self.n,)](
             self.matrices.table,
             self.parts,
@@ -64,44 +90,32 @@ class AdamStep(SubspaceStep):
             self.squares,
             self.surprises,
             self.sizes,
-            self.rights,
-            S_TYPE=TYPES[self.S_dtype],
-            R=self.r,
-            BLOCK_R=min(block.rank, table.padded(self.r)),
-            BLOCK_Q=block.cols,
+            self.sketches,
+            self.hyper.spectral_clipping,
             PARTS=self.project_parts,
-            PRECISION=table.PRECISION["project"],
-            **table.launch(block),
+            CLIP=self.hyper.update_clipping,
         )
 
-    def divide(self, *, whole: bool = False) -> None:
-        """`surprises` from the sketch, too; ``whole``: it has all of the update, over the weight of what is outside."""
-        block, clipping = table.SKETCH, self.hyper.spectral_clipping
+    def divide(self) -> None:
+        """`surprises` from sketches of whole updates, over the weight of what is outside."""
+        block = table.SKETCH
         spectral.divide[(self.n,)](
             self.matrices.table,
             self.coefficients,
             self.sketches,
-            self.rights,
-            self.X,
             self.row_sums,
             self.surprises,
             self.beta2,
-            clipping,
+            self.hyper.spectral_clipping,
             S_TYPE=TYPES[self.S_dtype],
-            R=self.r,
-            BLOCK_R=min(block.rank, table.padded(self.r)),
             BLOCK_P=block.rows,
             CLIP=self.hyper.update_clipping,
-            X_IN_STATE=self.X_in_state,
-            WHOLE=whole,
             PRECISION=table.PRECISION["project"],
             **table.launch(block),
         )
 
     def _update(self, C: Tensor | None) -> None:
         block = self.update_blocks
-        if self.spectral:
-            self.divide()
         for orders, work in self._kinds(self.matrices.q, block.cols):
             self._launch_update(work, orders, block, self.r, (self.U, self.X, self.L, self.U if C is None else C))
 

@@ -284,8 +284,8 @@ def left_factors(
 ):
     """Of G A^T in ``U``: X = keep B + cross G A^T, with zeros behind its rows, and K = decay B + gain G A^T.
 
-    If SWEEPS, K takes the place of G A^T, in units of its largest element, which is in ``sizes``; else it is the next
-    m_B, where the step is enabled.
+    If SWEEPS, K takes the place of G A^T, in units of its largest element, which is in ``sizes``; else X does, and K is
+    the next m_B, where the step is enabled.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     item = tl.program_id(0) // R_BLOCKS
@@ -298,12 +298,15 @@ def left_factors(
     base, column = factor(matrices, matrix, U, p, False, False)
     B_base = base_of(matrices, matrix, B, S_TYPE)
     X_base = place_in(X, matrices, matrix, LEFT, B, False)
-    U_at = base + (ranks[:, None] * column + rows[None, :])
-    U_inside = (ranks < R)[:, None] & (rows < column)[None, :]
-    x = tl.trans(tl.load(U_at, mask=U_inside, other=0.0))
-    b = factor_of_rows(B_base, rows, ranks, p, R)
     at = rows[:, None] * R + ranks[None, :]
     inside = (ranks < R)[None, :]
+    if SWEEPS:
+        U_at = base + (ranks[:, None] * column + rows[None, :])
+        U_inside = (ranks < R)[:, None] & (rows < column)[None, :]
+        x = tl.trans(tl.load(U_at, mask=U_inside, other=0.0))
+    else:
+        x = tl.load(base + at, mask=(rows < column)[:, None] & inside, other=0.0)
+    b = factor_of_rows(B_base, rows, ranks, p, R)
     tl.store(X_base + at, tl.load(row + KEEP) * b + tl.load(row + CROSS) * x, mask=(rows < column)[:, None] & inside)
     k = decay * b + gain * x
     if SWEEPS:

@@ -47,6 +47,7 @@ NUMBER = tl.constexpr(layout.NUMBER)
 STREAM = tl.constexpr(layout.STREAM)
 FULL_ROW = tl.constexpr(layout.FULL_ROW)
 FULL_COL = tl.constexpr(layout.FULL_COL)
+LINES = tl.constexpr(layout.LINES)
 _FIELDS = tl.constexpr(layout.COLUMNS)
 
 ROWS_ALIGNED = tl.constexpr(layout.ROWS_ALIGNED)
@@ -82,7 +83,7 @@ def base_of(matrices, matrix, column, dtype: tl.constexpr, ALIGNED: tl.constexpr
 
 @triton.jit
 def lines_of(p):
-    """Numbers from one column of a left factor in scratch to the next: `layout.lines`."""
+    """`layout.lines`: what is as long in scratch begins at a multiple of 16 bytes."""
     return (p + 15) // 16 * 16
 
 

@@ -15,11 +15,15 @@ import triton.language as tl
 
 from lorapre.backends.triton.elements import (
     COLUMNS_ALIGNED,
+    CROSS,
     FULL_COL,
     FULL_ROW,
     G_COL,
     G_ROW,
+    KEEP,
     LEFT,
+    LINES,
+    OUTSIDE,
     PART,
     ROWS,
     ROWS_ALIGNED,
@@ -41,7 +45,7 @@ from lorapre.backends.triton.elements import (
     tile_of,
     whole,
 )
-from lorapre.backends.triton.spectral import K, scaled_signs
+from lorapre.backends.triton.spectral import K, by_rows
 
 
 @triton.jit
@@ -53,6 +57,9 @@ def project(
     U,
     row_sums,
     parts,
+    signs,
+    sign_starts,
+    rights,
     sketches,
     decay,
     gain,
@@ -66,16 +73,20 @@ def project(
     NEGATE: tl.constexpr,
     CLIP: tl.constexpr,
     SPECTRAL: tl.constexpr,
+    WHOLE: tl.constexpr,
     FULL: tl.constexpr,
+    SWEEPS: tl.constexpr,
     ORDER: tl.constexpr,
     V_ORDER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Pass 1 over G, a program a block of rows: G A^T to ``U``. It changes no state: G may turn out not to be finite.
 
-    Besides ``row_sums`` of G^2, and in ``parts`` the sums of G^2 and of G^2 / v_hat and the largest |K| of the block,
-    K = decay B + gain G A^T. SPECTRAL: G S to ``sketches``, (p, 16) of each matrix. FULL: v lies in full where v_row's
-    address says, and ``row_sums`` are of the old v.
+    ``U`` is transposed where it is to be multiplied, in a step that SWEEPS. Besides ``row_sums`` of G^2, and in
+    ``parts`` the sums of G^2 and of G^2 / v_hat and the largest |K| of the block, K = decay B + gain G A^T. SPECTRAL
+    sketches the update by `lorapre.backends.triton.spectral.signs`, which has left ``signs``, S, and ``rights``, A S:
+    of these rows Y^T Y (16, 16) to ``sketches`` if WHOLE, else G S, (p, 16) of each matrix. FULL: v lies in full where
+    v_row's address says, and ``row_sums`` are of the old v.
     """
     R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
     ALIGNED: tl.constexpr = (ORDER == ROWS_ALIGNED) | (ORDER == COLUMNS_ALIGNED)
@@ -101,7 +112,7 @@ def project(
         V_col_stride = size_of(matrices, matrix, FULL_COL)
         V_live = p * (r_block == 0).to(tl.int32)  # the others' sums are not read
         V_sums = tl.zeros((BLOCK_P,), tl.float32)
-    elif CLIP or SPECTRAL:
+    elif CLIP:
         row_base = base_of(matrices, matrix, V_ROW, S_TYPE)
         col_base = base_of(matrices, matrix, V_COL, S_TYPE, ALIGNED)
         mean = mean_of(row_base, p, 512)
@@ -109,7 +120,9 @@ def project(
         fresh = (1.0 - beta2) * v_scale
         v_row = tl.load(row_base + rows, mask=rows < p, other=0.0).to(tl.float32) / mean * (beta2 * v_scale)
     if SPECTRAL:
-        col_mean = mean_of(col_base, q, 512)
+        k = tl.arange(0, K)
+        S_line = lines_of(q)
+        S_base = signs + field(matrices, matrix, LINES) // 16 * 16 * K
         sketch = tl.zeros((BLOCK_P, K), tl.float32)
 
     total = tl.zeros((BLOCK_P, BLOCK_R), tl.float32)
@@ -137,10 +150,11 @@ def project(
                 other=0.0,
             ).to(tl.float32)
             V_sums += tl.sum(v, axis=1)
-        elif CLIP or SPECTRAL:
+        elif CLIP:
             v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
         if SPECTRAL:
-            sketch = tl.dot(wide, scaled_signs(cols, v_col, col_mean), sketch, input_precision=PRECISION)
+            sign = tl.load(S_base + (k[:, None] * S_line + cols[None, :]), mask=(cols < S_line)[None, :], other=0.0)
+            sketch = tl.dot(wide, tl.trans(sign), sketch, input_precision=PRECISION)
         if CLIP:
             # TINY, far below what counts, has no square divided by 0 without asking of each whether it is.
             if FULL:
@@ -159,20 +173,32 @@ def project(
     b = tl.load(
         B_base + (rows[:, None] * R + ranks[None, :]), mask=(rows < p)[:, None] & (ranks < R)[None, :], other=0.0
     ).to(tl.float32)
-    left = field(matrices, matrix, LEFT) // 16 * 16
+    U_base = U + field(matrices, matrix, LEFT) // 16 * 16
     # Zeros down to the end of the last line: who reads it need not ask where p ends.
     column = lines_of(p)
-    tl.store(
-        U + left + (ranks[None, :] * column + rows[:, None]),
-        total,
-        mask=(rows < column)[:, None] & (ranks < R)[None, :],
-    )
+    within = (rows < column)[:, None] & (ranks < R)[None, :]
+    if SWEEPS:
+        tl.store(U_base + (ranks[None, :] * column + rows[:, None]), total, mask=within)
+    else:
+        tl.store(U_base + (rows[:, None] * R + ranks[None, :]), total, mask=within)
     first_of_ranks = (r_block == 0).to(tl.int32)
     sums = V_sums if FULL else tl.sum(squares, axis=1)
     tl.store(row_sums + field(matrices, matrix, ROWS) + rows, sums, mask=rows < p * first_of_ranks)
     if SPECTRAL:
-        there = (field(matrices, matrix, ROWS) + rows)[:, None] * K + tl.arange(0, K)[None, :]
-        tl.store(sketches + there, sketch, mask=(rows < p * first_of_ranks)[:, None])
+        if WHOLE:
+            # All ranks are here. The update's numerator is outside G + X A: its sketch is outside G S + X (A S).
+            right = tl.zeros((BLOCK_R, K), tl.float32)
+            for at in range(tl.load(sign_starts + matrix), tl.load(sign_starts + matrix + 1)):
+                right += tl.load(rights + ((at * R + ranks)[:, None] * K + k[None, :]), mask=(ranks < R)[:, None], other=0.0)
+            x = tl.load(row + KEEP) * b + tl.load(row + CROSS) * total
+            y = tl.dot(x, right, tl.load(row + OUTSIDE) * sketch, input_precision=PRECISION)
+            y = by_rows(y, base_of(matrices, matrix, V_ROW, S_TYPE), rows, p, sums / q, beta2, v_scale)
+            products = tl.dot(tl.trans(y), y, input_precision=PRECISION)
+            place = sketches + (tl.load(starts + matrix) + tile).to(tl.int64) * (K * K)
+            tl.store(place + (k[:, None] * K + k[None, :]), products)
+        else:
+            there = (field(matrices, matrix, ROWS) + rows)[:, None] * K + k[None, :]
+            tl.store(sketches + there, sketch, mask=(rows < p * first_of_ranks)[:, None])
     part = parts + ((tl.load(starts + matrix) + tile).to(tl.int64) * R_BLOCKS + r_block) * PART
     tl.store(part, tl.sum(squares))
     tl.store(part + 1, tl.sum(surprise))

@@ -98,7 +98,7 @@ def _sketch(step: AdamStep, chunks: Sequence[Chunk]) -> None:
         for chunk in chunks:
             sketch = sketches[chunk.rows].view(chunk.n, chunk.view.p, spectral.COLUMNS)
             sketch.baddbmm_(chunk.X[:, : chunk.view.p], rights[chunk.at])
-    step.divide(whole=True)
+    step.divide()
 
 
 def _sweep(step: AdamStep, chunks: Sequence[Chunk]) -> None:

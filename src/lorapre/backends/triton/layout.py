@@ -23,10 +23,10 @@ T = TypeVar("T")
 #: Columns of the table of matrices (n, COLUMNS), int64: addresses of W, G, m_B, m_A, v_row and v_col; sizes; strides
 #: in numbers; where the matrix begins in scratch of a left factor (r, p up to a multiple of 16), a right one (r, q),
 #: rows (p) and columns (q) a matrix; its number in its parameter, and the parameter's stream (both for stochastic
-#: rounding alone); strides of a v in full.
+#: rounding alone); strides of a v in full; where it begins in scratch of q up to a multiple of 16 a matrix.
 (W, G, B, A, V_ROW, V_COL, P, Q, W_ROW, W_COL, G_ROW, G_COL, LEFT, RIGHT, ROWS, COLS, NUMBER, STREAM) = range(18)
-(FULL_ROW, FULL_COL) = range(18, 20)
-COLUMNS = 20
+(FULL_ROW, FULL_COL, LINES) = range(18, 21)
+COLUMNS = 21
 
 #: Which numbers of a matrix are neighbours, and whether 16 bytes of them may be read at once; see `Place.order`.
 STRIDED, ROWS_ALIGNED, COLUMNS_ALIGNED, IN_ROWS, IN_COLUMNS = range(5)
@@ -220,7 +220,7 @@ def _places(bucket: Bucket) -> list[Place]:
 def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[int]]]) -> Matrices:
     rows: list[list[int]] = []
     kinds: list[tuple[int, int, int]] = []
-    left = right = above = before = 0
+    left = right = above = before = wide = 0
     right_aligned = True
     for bucket, lists in zip(buckets, addresses, strict=True):
         view = bucket.view
@@ -246,10 +246,10 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
         for *bases, stream in zip(*lists, _streams(bucket), strict=True):
             for i in range(view.batch):
                 where = [base + i * step for base, step in zip(bases, steps, strict=True)]
-                rows.append([*where, p, q, *strides, left, right, above, before, i, stream, *full])
+                rows.append([*where, p, q, *strides, left, right, above, before, i, stream, *full, wide])
                 kinds.append(kind)
                 left, right = left + r * lines(p), right + lines(r * q)
-                above, before = above + p, before + q
+                above, before, wide = above + p, before + q, wide + lines(q)
     table = _sent(torch.tensor(rows, dtype=torch.int64), buckets[0].params[0].device)
     sides = tuple(row[P] for row in rows), tuple(row[Q] for row in rows)
     return Matrices(table, *sides, tuple(kinds), left, right, right_aligned)

@@ -1,7 +1,7 @@
 """The sketch of the update that says by how much it is divided, equation (15): `lorapre.spectral`. Imports triton.
 
-The update's numerator is outside G + X A, so that its sketch needs no product of its own size: the first pass takes
-G S along, A S comes with that pass's sums, and X A S is a product of thin matrices.
+The update's numerator is outside G + X A, so that its sketch needs no product of its own size: S and A S are made
+before the first pass, which takes G S along and has X A S at its end, a product of thin matrices.
 """
 
 # Triton's decorators and types are untyped where they are not missing (other platforms than Linux).
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from lorapre import spectral
 from lorapre.backends.triton.elements import (
-    LEFT,
+    LINES,
     OUTSIDE,
     ROWS,
     V_COL,
@@ -22,13 +22,12 @@ from lorapre.backends.triton.elements import (
     V_SCALE,
     WIDTH,
     A,
-    B,
     P,
     Q,
     base_of,
     field,
+    lines_of,
     mean_of,
-    place_in,
     size_of,
     sums_of,
 )
@@ -55,42 +54,92 @@ def scaled_signs(cols, v_col, mean):
 
 
 @triton.jit
-def totals(
+def signs(
     matrices,
-    parts,
-    starts,
-    sums,
-    surprises,
-    sizes,
+    items,
+    S,
     rights,
+    size,
     S_TYPE: tl.constexpr,
     R: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_Q: tl.constexpr,
-    PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`lorapre.backends.triton.elements.totals`, and A S to ``rights`` (n, R, 16). One matrix a program."""
-    matrix = tl.program_id(0).to(tl.int64)
-    sums_of(parts, starts, sums, surprises, sizes, matrix, PARTS)
+    """`scaled_signs` of ``size`` columns to ``S``, (16, q up to `lines_of`) of each matrix, with zeros behind q; and of
+    these columns A S to ``rights``, (R, 16) of each chunk. The rank block is the fastest index of the grid.
+    """
+    R_BLOCKS: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
+    item = tl.program_id(0) // R_BLOCKS
+    r_block = tl.program_id(0) % R_BLOCKS
+    matrix = tl.load(items + item * 2).to(tl.int64)
+    chunk = tl.load(items + item * 2 + 1)
     q = size_of(matrices, matrix, Q)
     col_base = base_of(matrices, matrix, V_COL, S_TYPE)
     A_base = base_of(matrices, matrix, A, S_TYPE)
     mean = mean_of(col_base, q, 512)
-    for first in range(0, R, BLOCK_R):
-        ranks = first + tl.arange(0, BLOCK_R)
-        total = tl.zeros((BLOCK_R, K), tl.float32)
-        for start in range(0, q, BLOCK_Q):
-            cols = start + tl.arange(0, BLOCK_Q)
-            a = tl.load(
-                A_base + (ranks[:, None] * q + cols[None, :]),
-                mask=(ranks < R)[:, None] & (cols < q)[None, :],
-                other=0.0,
-            ).to(tl.float32)
-            v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
-            total = tl.dot(a, scaled_signs(cols, v_col, mean), total, input_precision=PRECISION)
-        there = (matrix * R + ranks[:, None]) * K + tl.arange(0, K)[None, :]
-        tl.store(rights + there, total, mask=(ranks < R)[:, None])
+    ranks = r_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    k = tl.arange(0, K)
+    line = lines_of(q)
+    S_base = S + field(matrices, matrix, LINES) // 16 * 16 * K
+    stored = line * (r_block == 0).to(tl.int32)
+    total = tl.zeros((BLOCK_R, K), tl.float32)
+    first = chunk * size
+    for start in range(first, tl.minimum(first + size, line), BLOCK_Q):
+        cols = start + tl.arange(0, BLOCK_Q)
+        a = tl.load(
+            A_base + (ranks[:, None] * q + cols[None, :]), mask=(ranks < R)[:, None] & (cols < q)[None, :], other=0.0
+        ).to(tl.float32)
+        v_col = tl.load(col_base + cols, mask=cols < q, other=0.0).to(tl.float32)
+        sign = tl.where((cols < q)[:, None], scaled_signs(cols, v_col, mean), 0.0)
+        tl.store(S_base + (k[None, :] * line + cols[:, None]), sign, mask=(cols < stored)[:, None])
+        total = tl.dot(a, sign, total, input_precision=PRECISION)
+    place = rights + (item * R + ranks[:, None]) * K + k[None, :]
+    tl.store(place, total, mask=(ranks < R)[:, None])
+
+
+@triton.jit
+def by_rows(sketch, v_row, rows, p, mean_squares, beta2, v_scale):
+    """``sketch`` of these rows over the roots of their new mean squares in v, of G^2 ``mean_squares``."""
+    old = tl.load(v_row + rows, mask=rows < p, other=0.0).to(tl.float32)
+    new = (old + (1.0 - beta2) * (mean_squares - old)) * v_scale
+    scale = tl.where(new > 0, tl.rsqrt(tl.where(new > 0, new, 1.0)), 0.0)
+    return sketch * scale[:, None]
+
+
+@triton.jit
+def needed(products, p, q, clipping):
+    """The square of what has to divide the update, times its number of elements, from Y^T Y; see `spectral.norm`."""
+    k = tl.arange(0, K)
+    own = k[:, None] == k[None, :]
+    squares = tl.sum(tl.sum(tl.where(own, products, 0.0), axis=1), axis=0) / K
+    off = tl.sum(tl.sum(tl.where(own, 0.0, products * products), axis=1), axis=0) / (K * (K - 1))
+    height, width = p.to(tl.float32), q.to(tl.float32)
+    fourth = tl.maximum(off - squares * squares * ((height + width) / (height * width)), 0.0)
+    limit = clipping * (tl.sqrt(height) + tl.sqrt(width))
+    return height * width * tl.sqrt(fourth) / (limit * limit)
+
+
+@triton.jit
+def totals(matrices, parts, starts, sums, surprises, sizes, sketches, clipping, PARTS: tl.constexpr, CLIP: tl.constexpr):
+    """`lorapre.backends.triton.elements.totals`, with `needed` in ``surprises`` where that is larger, or not CLIP.
+
+    ``sketches`` are Y^T Y of the first pass's tiles, and ``clipping`` is the largest singular value allowed, in units
+    of sqrt(p) + sqrt(q). One matrix a program.
+    """
+    matrix = tl.program_id(0).to(tl.int64)
+    sums_of(parts, starts, sums, surprises, sizes, matrix, PARTS)
+    k = tl.arange(0, K)
+    products = tl.zeros((K, K), tl.float32)
+    first = tl.load(starts + matrix)
+    place = sketches + first.to(tl.int64) * (K * K) + (k[:, None] * K + k[None, :])
+    for _ in range(first, tl.load(starts + matrix + 1)):
+        products += tl.load(place)
+        place += K * K
+    square = needed(products, size_of(matrices, matrix, P), size_of(matrices, matrix, Q), clipping)
+    if CLIP:
+        square = tl.maximum(square, tl.load(surprises + matrix))
+    tl.store(surprises + matrix, square)
 
 
 @triton.jit
@@ -98,27 +147,16 @@ def divide(
     matrices,
     coefficients,
     sketches,
-    rights,
-    X,
     row_sums,
     surprises,
     beta2,
     clipping,
     S_TYPE: tl.constexpr,
-    R: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_P: tl.constexpr,
     CLIP: tl.constexpr,
-    X_IN_STATE: tl.constexpr,
-    WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What the square root of ``surprises`` over the number of elements has to divide the update by, in its place.
-
-    Until then that was the RMS of G / sqrt(v_hat), if CLIP. ``sketches`` (p, 16) of each matrix are G S, to which
-    X A S / outside has been added if WHOLE, and ``clipping`` is the largest singular value allowed, in units of
-    sqrt(p) + sqrt(q). One matrix a program.
-    """
+    """The same in ``surprises`` from sketches of whole updates over outside, (p, 16) of each matrix, one a program."""
     matrix = tl.program_id(0).to(tl.int64)
     p = size_of(matrices, matrix, P)
     q = size_of(matrices, matrix, Q)
@@ -126,41 +164,19 @@ def divide(
     outside = tl.load(row + OUTSIDE)
     v_scale = tl.load(row + V_SCALE)
     row_base = base_of(matrices, matrix, V_ROW, S_TYPE)
-    X_base = place_in(X, matrices, matrix, LEFT, B, X_IN_STATE)
     first_row = field(matrices, matrix, ROWS)
     k = tl.arange(0, K)
     products = tl.zeros((K, K), tl.float32)
     for start in range(0, p, BLOCK_P):
         rows = start + tl.arange(0, BLOCK_P)
         inside = rows < p
-        sketch = outside * tl.load(
+        sketch = tl.load(
             sketches + ((first_row + rows)[:, None] * K + k[None, :]), mask=inside[:, None], other=0.0
         )
-        if not WHOLE:
-            for first in range(0, R, BLOCK_R):
-                ranks = first + tl.arange(0, BLOCK_R)
-                x = tl.load(
-                    X_base + (rows[:, None] * R + ranks[None, :]),
-                    mask=inside[:, None] & (ranks < R)[None, :],
-                    other=0.0,
-                )
-                right = tl.load(
-                    rights + ((matrix * R + ranks[:, None]) * K + k[None, :]), mask=(ranks < R)[:, None], other=0.0
-                )
-                sketch = tl.dot(x, right, sketch, input_precision=PRECISION)
-        old = tl.load(row_base + rows, mask=inside, other=0.0).to(tl.float32)
         now = tl.load(row_sums + first_row + rows, mask=inside, other=0.0) / q
-        mean_square = (old + (1.0 - beta2) * (now - old)) * v_scale
-        scale = tl.where(mean_square > 0, tl.rsqrt(tl.where(mean_square > 0, mean_square, 1.0)), 0.0)
-        sketch = sketch * scale[:, None]
-        products = tl.dot(tl.trans(sketch), sketch, products, input_precision=PRECISION)
-    own = k[:, None] == k[None, :]
-    squares = tl.sum(tl.sum(tl.where(own, products, 0.0), axis=1), axis=0) / K
-    off = tl.sum(tl.sum(tl.where(own, 0.0, products * products), axis=1), axis=0) / (K * (K - 1))
-    height, width = p.to(tl.float32), q.to(tl.float32)
-    fourth = tl.maximum(off - squares * squares * ((height + width) / (height * width)), 0.0)
-    limit = clipping * (tl.sqrt(height) + tl.sqrt(width))
-    needed = height * width * tl.sqrt(fourth) / (limit * limit)
+        y = by_rows(outside * sketch, row_base, rows, p, now, beta2, v_scale)
+        products = tl.dot(tl.trans(y), y, products, input_precision=PRECISION)
+    square = needed(products, p, q, clipping)
     if CLIP:
-        needed = tl.maximum(needed, tl.load(surprises + matrix))
-    tl.store(surprises + matrix, needed)
+        square = tl.maximum(square, tl.load(surprises + matrix))
+    tl.store(surprises + matrix, square)

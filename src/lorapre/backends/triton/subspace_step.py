@@ -52,7 +52,7 @@ class SubspaceStep(Step):
     """
 
     #: What the first pass gathers of v, as its arguments.
-    _gathered: Mapping[str, bool] = {"CLIP": False, "SPECTRAL": False, "FULL": False}
+    _gathered: Mapping[str, bool] = {"CLIP": False, "SPECTRAL": False, "WHOLE": False, "FULL": False}
 
     def __init__(
         self,
@@ -80,18 +80,21 @@ class SubspaceStep(Step):
         self.L_in_state = not self.sweeps or not narrow
         p = self.matrices.p
         self.U = self._empty(self.matrices.left)
-        self.X = self.U if self.X_in_state else self._empty(self.matrices.left)
+        alone = self.X_in_state or not self.sweeps
+        self.X = self.U if alone else self._empty(self.matrices.left)
         self.L = self.U if self.L_in_state or self.by_torch else self._empty(self.matrices.right)
         self.row_sums = self._empty(sum(p))
         self.sizes = self._empty(self.n)
         self.squares = self._empty(self.n)  # sums of G^2, after `read`
         self.surprises = self._empty(self.n)
-        self.sketches = self.surprises  # where nobody asks for them
         squares = 0 if self.by_torch or not self.sweeps else self.n
         self.T, self.triangles, self.lower = (self._squares(squares) for _ in range(3))
         self.project_rows = self._work(p, self.blocks.rows)
         self.project_parts = math.ceil(self.r / self.blocks.rank)
         self.parts = self._empty(self.project_rows.tiles * self.project_parts * elements.PART.value)
+        # S, A S in parts and where they begin, and what comes of them; where nobody asks for them, anything.
+        self.signs = self.rights = self.sketches = self.surprises
+        self.sign_starts = self.project_rows.starts
 
     @property
     def matrix_params(self) -> list[Tensor]:
@@ -136,6 +139,9 @@ class SubspaceStep(Step):
                 self.U,
                 self.row_sums,
                 self.parts,
+                self.signs,
+                self.sign_starts,
+                self.rights,
                 self.sketches,
                 self.decay,
                 self.gain,
@@ -148,6 +154,7 @@ class SubspaceStep(Step):
                 BLOCK_Q=block.cols,
                 NEGATE=self.maximize,
                 **self._gathered,
+                SWEEPS=self.sweeps,
                 ORDER=order,
                 V_ORDER=V_order,
                 PRECISION=table.PRECISION["project"],

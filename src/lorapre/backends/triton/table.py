@@ -133,8 +133,11 @@ NEWTON_UPDATE: tuple[tuple[int, int, Blocks], ...] = (
     (MAX_RANK, 4, Blocks(32, 64, 128, 8, 2)),
 )
 
-#: The sketch of an update: columns of A, or rows of X, at once, and ranks.
+#: The sketch of an update: columns of A, or its rows, at once, and ranks.
 SKETCH = Blocks(64, 64, 64, 8, 2)
+
+#: Columns of which a program makes the signs, and a part of A S; at high ranks of all of a matrix.
+SIGNS = 1024
 
 #: What a program copies of a matrix into a batch, at high ranks.
 COPY = Blocks(16, 128, 0, 4, 1)
@@ -226,14 +229,14 @@ def left_blocks(rank: int) -> Blocks:
 def scratch_bytes(view: MatrixView, state_dtype: torch.dtype, *, sketched: bool = False, sweeps: bool = True) -> int:
     """Scratch of one parameter's matrices: K, twice more factors where the state is narrow or split, and r x r.
 
-    With ``sketched`` also what spectral clipping takes. Without ``sweeps`` G A^T and X are all that is kept. At high
-    ranks there is `high_rank_bytes` besides.
+    With ``sketched`` also what spectral clipping takes. Without ``sweeps`` G A^T, and then X, is all that is kept. At
+    high ranks there is `high_rank_bytes` besides.
     """
     p, q, r = view.p, view.q, view.rank
     left, right = (r * lines(side) for side in (p, q))
-    rest = p + sketched * spectral.COLUMNS * (p + r)
+    rest = p + sketched * _sketch(view)
     if not sweeps:
-        return 4 * view.batch * (2 * left + rest)
+        return 4 * view.batch * (left + rest)
     if r > KERNEL_RANK:  # L takes the place of X where it can
         return 4 * view.batch * (2 * left + (right if right > left else 0) + 6 * r * r + rest)
     factors = p * r
@@ -242,6 +245,15 @@ def scratch_bytes(view: MatrixView, state_dtype: torch.dtype, *, sketched: bool 
     chunk = chunk_rows(r)
     squares = 4 + max(1, math.ceil(max(p, q) / chunk))
     return 4 * view.batch * (factors + squares * r * r + rest)
+
+
+def _sketch(view: MatrixView) -> int:
+    """Numbers that the sketch of a matrix takes: S, A S in parts, and products of tiles or, at high ranks, all of it."""
+    p, q, r = view.p, view.q, view.rank
+    if r > KERNEL_RANK:
+        return spectral.COLUMNS * (lines(q) + r + p)
+    tiles = math.ceil(p / blocks(PROJECT, r, 4).rows)
+    return spectral.COLUMNS * (lines(q) + r * math.ceil(q / SIGNS) + spectral.COLUMNS * tiles)
 
 
 def high_rank_batch(view: MatrixView) -> int:
