@@ -31,8 +31,8 @@ TYPES = {"float32": (tl.float32, 4), "bfloat16": (tl.bfloat16, 2)}
 #: Arguments of the library's kernels that are no addresses of float32.
 NUMBERS = "decay gain ahead beta2 eps keep cross outside v_scale rate rate_m rate_v step limit shift weight factor"
 NUMBERS += " clipping sign floor damping"
-INTEGERS = "n seed size right_programs first first_given tiles row_tiles col_tiles numel start R rows columns height width"
-INTEGERS += " offset left_offset right_shift"
+INTEGERS = "n seed size right_programs first first_given tiles row_tiles col_tiles numel start R rows columns height"
+INTEGERS += " width offset left_offset right_shift"
 LISTS = "items starts sign_starts right_items left_items works"
 OF_NAME = {
     **dict.fromkeys(NUMBERS.split(), "fp32"),
@@ -70,10 +70,9 @@ def kernels(rank: int, dtype: str) -> Mapping[str, Any]:
         name: build(
             second_pass.update, HOPPER, block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, R=rank, BLOCK_R=block.rank,
             BLOCK_P=block.rows, BLOCK_Q=block.cols, RELATIVE=True, BOUNDED=True, CLIP=True, FULL=False, GIVEN=False,
-            LEAVE_G=False, SWEEPS=sweeps, ASYNC=table.asynchronous(rank, size, aligned=True), STOCHASTIC=False, ROUNDS=7,
-            X_IN_STATE=True, L_IN_STATE=True, W_ORDER=rows,
-            G_ORDER=rows, V_ORDER=0, MOMENTUM_PRECISION=table.PRECISION["momentum"],
-            LEFT_PRECISION=table.PRECISION["left"],
+            LEAVE_G=False, SWEEPS=sweeps, ASYNC=table.asynchronous(rank, size, aligned=True), STOCHASTIC=False,
+            ROUNDS=7, X_IN_STATE=True, X_ALIGNED=True, L_IN_STATE=True, W_ORDER=rows, G_ORDER=rows, V_ORDER=0,
+            MOMENTUM_PRECISION=table.PRECISION["momentum"], LEFT_PRECISION=table.PRECISION["left"],
         )
         for name, sweeps in (("update", True), ("update, no sweep", False))
     }  # fmt: skip

@@ -313,11 +313,11 @@ for target, rank, kind, narrow, precision in (
     update = dict(W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32, RELATIVE=True, BOUNDED=True, STOCHASTIC=narrow, ROUNDS=7,
                   W_ORDER=1, G_ORDER=2, MOMENTUM_PRECISION=precision, LEFT_PRECISION=precision)
     made = build(second_pass.update, target, block, GIVEN=False, LEAVE_G=False, SWEEPS=narrow, ASYNC=narrow,
-                 X_IN_STATE=True, L_IN_STATE=not narrow, **update, **tile)
+                 X_IN_STATE=True, X_ALIGNED=narrow, L_IN_STATE=not narrow, **update, **tile)
     block = table.given_blocks()
     tile |= dict(R=block.rank, BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols)
     build(second_pass.update, target, block, GIVEN=True, LEAVE_G=narrow, SWEEPS=False, ASYNC=False,
-          X_IN_STATE=False, L_IN_STATE=False, **update, **tile)
+          X_IN_STATE=False, X_ALIGNED=True, L_IN_STATE=False, **update, **tile)
     print(*sorted(made.asm.keys() & {"cubin", "hsaco"}), made.metadata.shared <= 227 * 1024)
 
 # No product may still read shared memory when it is filled for the turn after the next.
@@ -334,7 +334,8 @@ for kind, size in ((tl.float32, 4), (tl.bfloat16, 2)):
         made = build(second_pass.update, GPUTarget("cuda", 90, 32), block, W_TYPE=kind, G_TYPE=kind, S_TYPE=tl.float32,
                      R=16, BLOCK_R=16, BLOCK_P=block.rows, BLOCK_Q=block.cols, RELATIVE=True, BOUNDED=True, CLIP=True,
                      FULL=False, GIVEN=False, LEAVE_G=False, SWEEPS=sweeps, ASYNC=False, STOCHASTIC=False, ROUNDS=7,
-                     X_IN_STATE=True, L_IN_STATE=True, W_ORDER=1, G_ORDER=1, V_ORDER=0, MOMENTUM_PRECISION="tf32", LEFT_PRECISION="tf32")
+                     X_IN_STATE=True, X_ALIGNED=True, L_IN_STATE=True, W_ORDER=1, G_ORDER=1, V_ORDER=0,
+                     MOMENTUM_PRECISION="tf32", LEFT_PRECISION="tf32")
         turn = next(loop for loop in made.asm["ttgir"].split("scf.for")[1:] if "warp_group_dot" in loop)
         print(turn.split("scf.yield")[0].count("ttg.convert_layout"))
 """

@@ -163,7 +163,7 @@ for target, rank, kind, out, precision in (
     narrow = kind == tl.bfloat16
     block = table.blocks(table.UPDATE, rank, 2 if narrow else 4)
     made = build(muon_pass.momentum, target, block, G_TYPE=kind, S_TYPE=tl.float32, M_TYPE=out, R=rank,
-                 BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, X_IN_STATE=True,
+                 BLOCK_R=block.rank, BLOCK_P=block.rows, BLOCK_Q=block.cols, X_IN_STATE=True, X_ALIGNED=True,
                  L_IN_STATE=not narrow, ORDER=1, MOMENTUM_PRECISION=precision, LEFT_PRECISION=precision)
     build(muon_pass.normalize, target, M_TYPE=out, BLOCK=table.ELEMENTS)
     block = table.MUON_LENGTHS

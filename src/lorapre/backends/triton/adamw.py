@@ -41,7 +41,7 @@ class AdamStep(SubspaceStep):
         whole = self.spectral and not self.by_torch
         self._gathered = {"CLIP": hyper.update_clipping, "SPECTRAL": self.spectral, "WHOLE": whole, "FULL": full}
         if whole and self.project_parts > 1:
-            raise ValueError(f"table.PROJECT cuts rank {self.r}: what sketches an update needs all ranks in one program")
+            raise ValueError(f"table.PROJECT cuts rank {self.r}: a sketch needs all ranks in one program")
         if self.spectral:
             K, q = sketch.COLUMNS, self.matrices.q
             self.sign_columns = max(map(table.padded, q)) if self.by_torch else table.SIGNS
@@ -176,6 +176,7 @@ class AdamStep(SubspaceStep):
             STOCHASTIC=self.seed is not None,
             ROUNDS=rounding.ROUNDS,
             X_IN_STATE=self.X_in_state and given is None,
+            X_ALIGNED=self.matrices.left_aligned,
             L_IN_STATE=self.L_in_state and given is None,
             W_ORDER=W_order,
             G_ORDER=G_order,

@@ -189,7 +189,8 @@ def project(
             # All ranks are here. The update's numerator is outside G + X A: its sketch is outside G S + X (A S).
             right = tl.zeros((BLOCK_R, K), tl.float32)
             for at in range(tl.load(sign_starts + matrix), tl.load(sign_starts + matrix + 1)):
-                right += tl.load(rights + ((at * R + ranks)[:, None] * K + k[None, :]), mask=(ranks < R)[:, None], other=0.0)
+                there = rights + ((at * R + ranks)[:, None] * K + k[None, :])
+                right += tl.load(there, mask=(ranks < R)[:, None], other=0.0)
             x = tl.load(row + KEEP) * b + tl.load(row + CROSS) * total
             y = tl.dot(x, right, tl.load(row + OUTSIDE) * sketch, input_precision=PRECISION)
             y = by_rows(y, base_of(matrices, matrix, V_ROW, S_TYPE), rows, p, sums / q, beta2, v_scale)

@@ -82,6 +82,7 @@ class Matrices:
         left: numbers of scratch for all left factors.
         right: for all right ones.
         aligned: each m_A begins at a multiple of 16 bytes, and its lines are a multiple of 8 numbers long.
+        left_aligned: each m_B begins at a multiple of 16 bytes.
     """
 
     table: Tensor
@@ -91,6 +92,7 @@ class Matrices:
     left: int
     right: int
     aligned: bool
+    left_aligned: bool
 
     @property
     def n(self) -> int:
@@ -221,7 +223,7 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
     rows: list[list[int]] = []
     kinds: list[tuple[int, int, int]] = []
     left = right = above = before = wide = 0
-    right_aligned = True
+    right_aligned = left_aligned = True
     for bucket, lists in zip(buckets, addresses, strict=True):
         view = bucket.view
         p, q, r = view.p, view.q, view.rank
@@ -236,6 +238,7 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
             for bases, step in zip(lists, steps, strict=True)
         ]
         right_aligned = right_aligned and aligned[A] and q % 8 == 0
+        left_aligned = left_aligned and aligned[B]
         kind = (
             places[0].order(view, aligned[0] and all(aligned[2:])),
             places[1].order(view, aligned[1] and all(aligned[2:])),
@@ -252,7 +255,7 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
                 above, before, wide = above + p, before + q, wide + lines(q)
     table = _sent(torch.tensor(rows, dtype=torch.int64), buckets[0].params[0].device)
     sides = tuple(row[P] for row in rows), tuple(row[Q] for row in rows)
-    return Matrices(table, *sides, tuple(kinds), left, right, right_aligned)
+    return Matrices(table, *sides, tuple(kinds), left, right, right_aligned, left_aligned)
 
 
 def lines(numel: int) -> int:

@@ -124,6 +124,7 @@ class MuonStep(SubspaceStep):
             BLOCK_P=block.rows,
             BLOCK_Q=block.cols,
             X_IN_STATE=self.X_in_state,
+            X_ALIGNED=self.matrices.left_aligned,
             L_IN_STATE=self.L_in_state,
             ORDER=batch.orders[1],
             MOMENTUM_PRECISION=table.PRECISION["momentum"],

@@ -84,6 +84,7 @@ def momentum(
     BLOCK_P: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     X_IN_STATE: tl.constexpr,
+    X_ALIGNED: tl.constexpr,
     L_IN_STATE: tl.constexpr,
     ORDER: tl.constexpr,
     MOMENTUM_PRECISION: tl.constexpr,
@@ -116,7 +117,7 @@ def momentum(
     scale = _ROOM / (weight * tl.maximum(size, _LEAST))
     G_base = base_of(matrices, matrix, G, G_TYPE, ALIGNED)
     A_base = base_of(matrices, matrix, A, S_TYPE, ALIGNED)
-    X_base = place_in(X, matrices, matrix, LEFT, B, X_IN_STATE, ALIGNED)
+    X_base = place_in(X, matrices, matrix, LEFT, B, X_IN_STATE, X_ALIGNED)
     U_base = U + field(matrices, matrix, LEFT) // 16 * 16
     U_column = lines_of(p)
     M_base = M + number.to(tl.int64) * M_rows * M_cols

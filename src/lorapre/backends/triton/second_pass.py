@@ -151,6 +151,7 @@ def update(
     STOCHASTIC: tl.constexpr,
     ROUNDS: tl.constexpr,
     X_IN_STATE: tl.constexpr,
+    X_ALIGNED: tl.constexpr,
     L_IN_STATE: tl.constexpr,
     W_ORDER: tl.constexpr,
     G_ORDER: tl.constexpr,
@@ -210,7 +211,7 @@ def update(
         surprise = tl.sqrt(tl.load(surprises + matrix) / numel)
         rate = rate / tl.maximum(surprise, 1.0)
     A_base = base_of(matrices, matrix, A, S_TYPE, ALIGNED)
-    X_base = place_in(X, matrices, matrix, LEFT, B, X_IN_STATE, ALIGNED)
+    X_base = place_in(X, matrices, matrix, LEFT, B, X_IN_STATE, X_ALIGNED)
     U_base = U + field(matrices, matrix, LEFT) // 16 * 16
     U_column = lines_of(p)
     if not FULL:

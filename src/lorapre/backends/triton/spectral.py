@@ -121,7 +121,9 @@ def needed(products, p, q, clipping):
 
 
 @triton.jit
-def totals(matrices, parts, starts, sums, surprises, sizes, sketches, clipping, PARTS: tl.constexpr, CLIP: tl.constexpr):
+def totals(
+    matrices, parts, starts, sums, surprises, sizes, sketches, clipping, PARTS: tl.constexpr, CLIP: tl.constexpr
+):
     """`lorapre.backends.triton.elements.totals`, with `needed` in ``surprises`` where that is larger, or not CLIP.
 
     ``sketches`` are Y^T Y of the first pass's tiles, and ``clipping`` is the largest singular value allowed, in units
@@ -170,9 +172,7 @@ def divide(
     for start in range(0, p, BLOCK_P):
         rows = start + tl.arange(0, BLOCK_P)
         inside = rows < p
-        sketch = tl.load(
-            sketches + ((first_row + rows)[:, None] * K + k[None, :]), mask=inside[:, None], other=0.0
-        )
+        sketch = tl.load(sketches + ((first_row + rows)[:, None] * K + k[None, :]), mask=inside[:, None], other=0.0)
         now = tl.load(row_sums + first_row + rows, mask=inside, other=0.0) / q
         y = by_rows(outside * sketch, row_base, rows, p, now, beta2, v_scale)
         products = tl.dot(tl.trans(y), y, products, input_precision=PRECISION)

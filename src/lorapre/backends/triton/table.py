@@ -248,7 +248,7 @@ def scratch_bytes(view: MatrixView, state_dtype: torch.dtype, *, sketched: bool 
 
 
 def _sketch(view: MatrixView) -> int:
-    """Numbers that the sketch of a matrix takes: S, A S in parts, and products of tiles or, at high ranks, all of it."""
+    """Numbers that the sketch of a matrix takes: S, A S in parts, products of tiles or, at high ranks, all of it."""
     p, q, r = view.p, view.q, view.rank
     if r > KERNEL_RANK:
         return spectral.COLUMNS * (lines(q) + r + p)
