@@ -1,9 +1,11 @@
 """Where the time of one step of LoRAPreAdamW goes on a GPU, kernel by kernel.
 
     python benchmarks/step_profile.py --ranks 16,64,128 --out benchmarks/results/step-time
+    python benchmarks/step_profile.py --ranks 16,64,128,512 --resting --out benchmarks/results/step-time
 
-Writes ``profile.json`` and ``profile.md`` there. The weights are those of ``benchmarks/step_time``; times are
-the device's, by torch.profiler, a mean of some steps, so that what lies between two kernels is in none of them.
+Writes ``profile.json`` and ``profile.md`` there, or ``resting.json`` and ``resting.md`` of steps that do not sweep. The
+weights are those of ``benchmarks/step_time``; times are the device's, by torch.profiler, a mean of some steps, so that
+what lies between two kernels is in none of them.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from lorapre.lab.run_folder import write_json, write_text
 STEPS = 5
 #: Kernels whose share is below it are summed up.
 LEAST_SHARE = 0.01
+#: Steps from sweep to sweep where none is to be profiled.
+LONG = 1000
 REST = "others"
 
 
@@ -80,6 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     made.add_argument("--model", default="llama-1b", choices=tuple(LLAMAS))
     made.add_argument("--dtypes", default=",".join(DTYPES))
     made.add_argument("--ranks", default="16,64,128")
+    made.add_argument("--resting", action="store_true", help="steps between two sweeps, not those that sweep")
     made.add_argument("--backend", default="auto", choices=("auto", "triton", "eager"))
     given = made.parse_args(arguments)
     dtypes, chosen = names("--dtypes", given.dtypes, DTYPES), ranks("--ranks", given.ranks, (given.model,))
@@ -92,7 +97,8 @@ def main(arguments: list[str] | None = None) -> None:
         kind = getattr(torch, dtype)
         module = Matrices(given.model, fitting_layers(given.model, kind, memory), kind, device)
         for rank in chosen:
-            optimizer = LoRAPreAdamW(param_groups(module), 1e-5, rank, backend=given.backend)
+            interval = LONG if given.resting else 1
+            optimizer = LoRAPreAdamW(param_groups(module), 1e-5, rank, backend=given.backend, sweep_interval=interval)
             for _ in range(WARM_UP):
                 optimizer.step()
             rows = kernels(traced(cycle(optimizer.step, STEPS)), STEPS)
@@ -101,12 +107,14 @@ def main(arguments: list[str] | None = None) -> None:
             del optimizer
             torch.cuda.empty_cache()
     origin = provenance("triton", seed=0)
-    write_json(given.out / "profile.json", {"profiles": found, "provenance": origin})
+    name = "resting" if given.resting else "profile"
+    write_json(given.out / f"{name}.json", {"profiles": found, "provenance": origin})
     versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
     command = f"python benchmarks/step_profile.py --model {given.model} --dtypes {given.dtypes} --ranks {given.ranks}"
+    command += " --resting" if given.resting else ""
     command += "" if given.backend == "auto" else f" --backend {given.backend}"
     tail = f"{origin['hardware']}, {origin['date'][:10]}, {versions}; `{command}`."
-    write_text(given.out / "profile.md", f"{table(found)}\n\n{tail}\n")
+    write_text(given.out / f"{name}.md", f"{table(found)}\n\n{tail}\n")
     print(table(found))
 
 
