@@ -18,6 +18,8 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 BEGIN, END = "<!-- step time: begin -->", "<!-- step time: end -->"
 #: The model that README shows, where it was measured.
 SHOWN = "llama-1b"
+#: In the names of optimizers that are told to step by batched torch.
+EAGER = ", eager"
 
 STEP_HEADER = (
     "| model | dtype | optimizer | rank | step, ms | to fused AdamW | to foreach AdamW | must move, GB | of copy rate "
@@ -53,7 +55,8 @@ def page(results: Results) -> str:
         parts.append("\n".join(["Goals:", "", *(f"- {goal.line}" for goal in found)]))
     if results.unmeasured:
         parts.append("\n".join(f"- {one.line}" for one in results.unmeasured))
-    parts.append(origin_line(results))
+    parts.append(f"{origin_line(results)}. Made by")
+    parts.append("\n".join(["```bash", *results.origin.get("commands", []), "```"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -131,7 +134,7 @@ def extra_share(row: StepRow) -> float | None:
 
 
 def origin_line(results: Results) -> str:
-    """Hardware, its rates, date, versions, and the command."""
+    """Hardware, its rates, date and versions."""
     origin = results.origin
     threads = f", {origin['threads']} threads" if origin.get("threads") else ""
     line = f"{origin['hardware']}{threads}"
@@ -142,14 +145,13 @@ def origin_line(results: Results) -> str:
     made = {row.date for row in results.steps} | {row.date for row in results.training}
     dates = sorted(made - {""}) or [origin["date"][:10]]
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    commands = "".join(f"; `{command}`" for command in origin.get("commands", []))
-    return f"{line}, {when}, {versions}, seed {origin['seed']}{commands}."
+    return f"{line}, {when}, {versions}, seed {origin['seed']}"
 
 
 def section(results: Results) -> str:
-    """What README says."""
+    """What README says: of rows without a note, and of `EAGER` ones none."""
     shown = SHOWN if any(row.model == SHOWN for row in results.steps) else results.steps[0].model
-    own = [row for row in results.steps if row.model == shown]
+    own = [row for row in results.steps if row.model == shown and not row.note and EAGER not in row.optimizer]
     dtypes = list(dict.fromkeys(row.dtype for row in own))
     heads = "".join(f" {dtype}, ms | to fused AdamW |" for dtype in dtypes)
     lines = [f"| one step on the matrices of {shown} |{heads} launches | extra memory |",
@@ -165,12 +167,12 @@ def section(results: Results) -> str:
         cells += [first.launches, _percent(max(shares), 2) if shares else None]
         lines.append(_line(cells))
     parts = ["\n".join(lines)]
-    if results.training:
-        parts.append(training_table(results.training))
+    if training := [row for row in results.training if not row.note]:
+        parts.append(training_table(training))
     folder = f"benchmarks/results/{results.folder.name}"
     if (results.folder / "ratio.png").exists():
         parts.append(f"![Step time in ratios to fused AdamW against the rank]({folder}/ratio.png)")
-    parts.append(f"{origin_line(results)} All rows: [table]({folder}/table.md).")
+    parts.append(f"{origin_line(results)}. All rows, with the commands that made them: [table]({folder}/table.md).")
     return "\n\n".join(parts)
 
 
