@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorapre import LoRAPreAdamW, reference
+from lorapre.optim.checks import sweep_interval
 from lorapre.routing import MatrixView, matrix_view
 
 Shape = tuple[int, ...]
@@ -176,7 +177,7 @@ class ReferenceRun:
                 update_clipping=group["update_clipping"],
                 spectral_clipping=group["spectral_clipping"],
                 regression=group["regression"],
-                sweeps=self.states[i].step % group["sweep_interval"] == 0,
+                sweeps=self.states[i].step % sweep_interval(group) == 0,
                 residual_gain=group["residual_gain"],
                 bias_correction=group["bias_correction"],
             )

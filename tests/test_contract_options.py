@@ -206,6 +206,7 @@ COMMON = {
     "nonfinite": "skip",
     "compress": True,
 }
+EVERY = set(range(1, 9))
 OWN: dict[Kind, dict[str, Any]] = {
     ADAMW: {
         "betas": (0.1, 0.2),
@@ -262,6 +263,26 @@ def test_every_option_may_be_set_in_a_group_and_matters(kind: Kind) -> None:
         if key == "second_moment":
             del changed["second_moment_rank"]
         assert not same(snapshot(in_group), snapshot(trained(changed, rank=1))), key
+
+
+@pytest.mark.parametrize(
+    ("options", "moved"),
+    [({}, {1, 5}), ({"sweep_interval": 4}, {1, 5}), ({"sweep_interval": 3}, {1, 4, 7}), ({"capturable": True}, EVERY),
+     ({"sweep_interval": 1}, EVERY), ({"regression": "tangent"}, EVERY), ({"regression": "newton"}, EVERY)],
+    ids=str,
+)  # fmt: skip
+def test_bases_move_in_every_fourth_step_unless_told_otherwise_or_a_graph_repeats_one(
+    options: dict[str, Any], moved: set[int], device: torch.device
+) -> None:
+    optimizer = LoRAPreAdamW(make_params([(12, 20)], torch.float32, device), rank=3, **options)
+    (state,) = optimizer.state.values()
+    found = set()
+    for step in range(1, 9):
+        before = state["m_A"].clone()
+        train(optimizer, 1, seed=step)
+        if not torch.equal(before, state["m_A"]):
+            found.add(step)
+    assert found == moved
 
 
 def same(one: Any, other: Any) -> bool:

@@ -15,6 +15,7 @@ from _contract import ADAMW, LION, MUON, MUON_ROWS, PAPER, SGD, Kind
 from _support import Shape, make_params, random_grads, set_grads
 from lorapre import LoRAPreAdamW, MemoryEstimate, estimate_memory, param_groups
 from lorapre.backends import batches
+from lorapre.optim.checks import SWEEP_INTERVAL
 from lorapre.optim.summary import format_bytes
 
 
@@ -206,8 +207,10 @@ def test_the_scratch_estimate_bounds_what_a_step_allocates_and_is_no_fantasy(
     optimizer = LoRAPreAdamW(params, rank=rank, **options)
     set_grads(params, random_grads(params, 0))
     optimizer.step()  # libraries allocate their workspaces once
-    set_grads(params, random_grads(params, 1))
-    peak = peak_bytes(optimizer.step, device)
+    peak = 0
+    for step in range(1, 1 + SWEEP_INTERVAL):
+        set_grads(params, random_grads(params, step))
+        peak = max(peak, peak_bytes(optimizer.step, device))
     estimate = estimate_memory([{"params": params}], rank, **options).scratch
     # counters, masks, norms; on the GPU also what blocks are rounded up by and cuSOLVER's own
     slack = 4096 if device.type == "cpu" else 2**20

@@ -103,7 +103,7 @@ def test_scratch_is_what_is_foreseen_and_a_small_share_of_a_large_model(device: 
 
 
 def test_layouts_are_made_once_while_tensors_stay_in_place(device: torch.device) -> None:
-    optimizer, expected = both(PAIR, torch.float32, device)
+    optimizer, expected = both(PAIR, torch.float32, device, sweep_interval=1)
     kept = [torch.zeros(shape, device=device) for shape in PAIR]
     counts = []
     for step, grads in enumerate(zip(*(gradients(shape, 4, seed=i) for i, shape in enumerate(PAIR)), strict=True)):

@@ -17,7 +17,7 @@ from peft import PeftModel
 from rich.console import Console
 
 from finetune.plan import Run
-from finetune.profiles import Contestant, Profile
+from finetune.profiles import BEGUN, Contestant, Profile
 from finetune.testing import read_questions, test_model
 from finetune.tokens import base_data, of_seed
 from lorapre import NonFiniteGradientError
@@ -173,7 +173,7 @@ def run_config(profile: Profile, material: Path, contestant: Contestant, run: Ru
         "max_length": profile.max_length,
         "packing": True,
         "method": contestant.method,
-        "options": dict(contestant.options),
+        "options": {**BEGUN.get(contestant.method, {}), **dict(contestant.options)},
         "lr": run.lr,
         "batch_size": profile.batch_size,
         "epochs": 1.0,

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lorapre import LoRAPreAdamW, LoRAPreMuon, param_groups
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.optimizers import OPTIMIZERS, find_optimizer
+from lorapre.optim.checks import SWEEP_INTERVAL
 from step_time import costs
 from step_time.costs import CostOf
 
@@ -23,8 +24,8 @@ LR = 1e-5
 #: Steps between two projections of GaLore, Fira and APOLLO in the lab's registry.
 GAP = 200
 
-#: Of sweeps, besides every step.
-INTERVALS = (4, 16)
+#: Steps from sweep to sweep, besides the default.
+INTERVALS = (1, 16)
 
 Make = Callable[[nn.Module, "int | None"], Optimizer]
 
@@ -115,15 +116,16 @@ def _adamw(backend: str) -> Contestant:
         "lorapre-adamw",
         _titled("LoRAPreAdamW", backend),
         lambda groups, rank: LoRAPreAdamW(groups, LR, rank, backend=backend),  # type: ignore[arg-type]
-        costs.lorapre_adamw,
+        costs.sweeping(SWEEP_INTERVAL),
         first=True,
+        period=SWEEP_INTERVAL,
     )
 
 
 def _sweeping(interval: int, backend: str) -> Contestant:
     return _lorapre(
         f"sweeps-{interval}",
-        _titled(f"LoRAPreAdamW, a sweep in {interval} steps", backend),
+        _titled(f"LoRAPreAdamW, a sweep in {'every step' if interval == 1 else f'{interval} steps'}", backend),
         lambda groups, rank: LoRAPreAdamW(groups, LR, rank, sweep_interval=interval, backend=backend),  # type: ignore[arg-type]
         costs.sweeping(interval),
         first=True,
@@ -173,7 +175,7 @@ def contestants(backends: tuple[str, ...] = ("auto",)) -> list[Contestant]:
 #: What ``--contestants`` takes, in order.
 KINDS: Mapping[str, Contestant] = {contestant.kind: contestant for contestant in contestants()}
 #: On a CPU others take seconds a step.
-CPU_KINDS = ("lorapre-adamw", "sweeps-4", "adamw-foreach", "sgd")
+CPU_KINDS = ("lorapre-adamw", "sweeps-1", "adamw-foreach", "sgd")
 
 
 def foreach(module: nn.Module) -> Optimizer:

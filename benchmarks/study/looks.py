@@ -10,6 +10,7 @@ from typing import Any
 from lorapre.lab.compare.style import BLACK, LINES, MARKERS, OTHERS, OURS
 from lorapre.lab.optimizers import OPTIMIZERS
 from lorapre.lab.optimizers.options import defaults
+from study.profiles import BEGUN
 from study.rows import Row
 
 GREY = "#666666"
@@ -28,9 +29,9 @@ NAMES = {
 }
 #: A form that did not survive the study: its rows are kept, its code is not.
 FACTORS = "LoRA-Pre Muon, by factors"
-#: Settings of our own that the figures take for granted, the library's defaults; everything else is said.
+#: Settings of our own that the figures take for granted, those of most rows; everything else is said.
 USUAL: Mapping[str, Mapping[str, Any]] = {
-    name: defaults(OPTIMIZERS[name].options) for name in ("lorapre-adamw", "lorapre-muon")
+    name: {**defaults(OPTIMIZERS[name].options), **BEGUN.get(name, {})} for name in ("lorapre-adamw", "lorapre-muon")
 }
 #: Of both.
 DEFAULT_GAIN = float(USUAL["lorapre-adamw"]["residual_gain"])

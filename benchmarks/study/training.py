@@ -26,7 +26,7 @@ from lorapre.lab.optimizers import find_optimizer, matrix_parameters
 from lorapre.lab.optimizers.measure import state_bytes
 from lorapre.lab.optimizers.options import defaults
 from study.plan import Run
-from study.profiles import AS, DECAYING, Profile
+from study.profiles import AS, BEGUN, DECAYING, Profile
 from study.protocol import all_blocks, batches, make_scheduler, next_token_loss, padded
 from study.prototypes import PROTOTYPES
 
@@ -91,7 +91,7 @@ class Trainer:
             **asdict(run),
             "optimizer": contestant.optimizer,
             "options": options,
-            "settings": {**defaults(entry.options), **options},
+            "settings": {**defaults(entry.options), **BEGUN.get(contestant.optimizer, {}), **options},
             "rank": contestant.rank,
             "d": model.module.config.hidden_size,
             **self._profile.protocol,
@@ -107,7 +107,7 @@ class Trainer:
             model=run.model,
             optimizer=contestant.optimizer,
             rank=0.25 if contestant.rank is None else contestant.rank,
-            options=dict(contestant.options),
+            options={**BEGUN.get(contestant.optimizer, {}), **contestant.options},
             batch_size=profile.batch_size,
             sequence_length=profile.sequence_length,
             tokens=run.tokens,

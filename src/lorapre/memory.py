@@ -19,6 +19,7 @@ from lorapre.backends.triton import table
 from lorapre.optim.adamw import LoRAPreAdamW
 from lorapre.optim.backed import BackedOptimizer
 from lorapre.optim.base import FactoredOptimizer, Group
+from lorapre.optim.checks import sweep_interval
 from lorapre.optim.dense import DenseAdamW
 from lorapre.optim.lion import LoRAPreLion
 from lorapre.optim.muon import LoRAPreMuon
@@ -170,7 +171,7 @@ class _KernelScratch:
         else:
             sketched = group.get("spectral_clipping") is not None
             dtype = optimizer._state_dtype(param, group)
-            kinds = (True,) if group.get("sweep_interval", 1) == 1 else (True, False)
+            kinds = (True,) if sweep_interval(group) == 1 else (True, False)
             each = max(table.scratch_bytes(view, dtype, sketched=sketched, sweeps=sweeps) for sweeps in kinds)
             if view.rank > table.KERNEL_RANK:
                 self.high, self.at_once = True, max(self.at_once, table.high_rank_bytes(view))

@@ -243,3 +243,13 @@ def test_a_tokenizer_that_can_neither_end_nor_pad_is_refused(own: Path, capsys: 
     assert outcome.code == 2
     assert "--model mine: its tokenizer has neither a padding nor an end-of-text token" in outcome.message
     assert not (own / "run").exists()
+
+
+def test_lorapre_moves_its_bases_in_every_step_of_a_fine_tuning_unless_told_otherwise() -> None:
+    from lorapre.lab.finetune.config import build_finetune_config
+
+    assert build_finetune_config({}).options == {"sweep_interval": 1}
+    given = {"options": {"sweep_interval": 8, "scale": 0.5}}
+    assert build_finetune_config(given).options == given["options"]
+    assert build_finetune_config({"method": "lora"}).options == {}
+    assert build_finetune_config({}, preset="metamath-llama2-7b").options == {}

@@ -41,7 +41,8 @@ class LoRAPreAdamW(BackedOptimizer):
             which reads the gradient once; "newton", the paper's (Theorem 3.1).
         sweep_interval: steps from one sweep of "subspace" to the next. Between two of them the right factor stays, and
             the left one is the average's projection on it, so that G is read for one product instead of two and no
-            basis is made: steps at high ranks take a fraction of the time. 1 sweeps in every step.
+            basis is made: steps at high ranks take a fraction of the time. 1 sweeps in every step. None is 4, and 1
+            with ``capturable``, as a CUDA graph repeats one step, or with another regression.
         second_moment: "rank1" keeps row and column means of G^2 (13); "hadamard" is the paper's (v_B v_A)^2; "full" is
             Adam's own (``exp_avg_sq``).
         second_moment_rank: rank of a "hadamard" second moment, or a fraction; None is m's.
@@ -98,7 +99,7 @@ class LoRAPreAdamW(BackedOptimizer):
         weight_decay: float = 1e-2,
         *,
         regression: Regression = "subspace",
-        sweep_interval: int = 1,
+        sweep_interval: int | None = None,
         second_moment: Literal["rank1", "hadamard", "full"] = "rank1",
         second_moment_rank: int | float | None = None,
         residual_gain: float | None = 4.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,11 +66,25 @@ def check_choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None
         raise ValueError(f"Invalid {name}: {value!r}. Choose one of {', '.join(map(repr, allowed))}.")
 
 
+#: Steps from one sweep to the next, unless the user says otherwise (docs/study-defaults.md).
+SWEEP_INTERVAL = 4
+
+
+def sweep_interval(group: Mapping[str, Any]) -> int:
+    """Steps from one sweep to the next: what None means, and 1 in a group that has no such option."""
+    given: int | None = group.get("sweep_interval", 1)
+    if given is not None:
+        return given
+    return SWEEP_INTERVAL if group["regression"] == "subspace" and not group["capturable"] else 1
+
+
 def check_sweep_interval(group: dict[str, Any]) -> None:
     """Raise ``ValueError`` for a ``sweep_interval`` that is out of range, or that another option leaves no meaning."""
     interval = group["sweep_interval"]
+    if interval is None:
+        return
     if not isinstance(interval, int) or isinstance(interval, bool) or interval < 1:
-        raise ValueError(f"Invalid sweep_interval: {interval!r}. Give a whole number of at least 1.")
+        raise ValueError(f"Invalid sweep_interval: {interval!r}. Give a whole number of at least 1, or None.")
     if interval > 1 and group["regression"] != "subspace":
         raise ValueError(
             f"sweep_interval={interval} means nothing with regression={group['regression']!r}, which moves both "

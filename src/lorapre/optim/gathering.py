@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorapre.backends.batches import Bucket, Scratch
 from lorapre.backends.rounding import Rounding
+from lorapre.optim.checks import sweep_interval
 from lorapre.routing import MatrixView
 
 _device, _dtype = attrgetter("device"), attrgetter("dtype")
@@ -53,7 +54,7 @@ def gathered(
     for view, params in matrices:
         for (device, _, _, count), (some, kept) in _alike(params, group, states).items():
             # Steps are counted from 1, and the first one sweeps: a random basis tracks nothing.
-            sweeps = count is None or count % group.get("sweep_interval", 1) == 0
+            sweeps = count is None or count % sweep_interval(group) == 0
             steps = [state["step"] for state in kept]
             bucket = Bucket(
                 view=view,

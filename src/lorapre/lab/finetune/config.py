@@ -17,6 +17,10 @@ from lorapre.routing import check_rank
 #: The model and the task that a run without arguments makes itself.
 TINY_MODEL, ARITHMETIC = "tiny", "arithmetic"
 
+#: Options of methods that differ from their optimizer's defaults: runs of a few hundred steps, as fine-tuning's are,
+#: have been tried with bases that move in every step alone (docs/study-finetune.md).
+OWN: Mapping[str, Mapping[str, Any]] = {"lorapre-adamw": {"sweep_interval": 1}}
+
 Adapter = Literal["lora", "rslora", "dora"]
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -117,7 +121,7 @@ class FinetuneConfig(BaseModel):
 def build_finetune_config(
     options: Mapping[str, Any], *, preset: str | None = None, config_file: Path | None = None
 ) -> FinetuneConfig:
-    """Merge the defaults, a preset, a YAML file and ``options``, the later ones winning.
+    """Merge the defaults, a preset, a YAML file and ``options``, the later ones winning; and `OWN` under all of them.
 
     ``steps`` given in one layer replaces ``epochs`` of an earlier one, and the other way round.
 
@@ -132,7 +136,8 @@ def build_finetune_config(
     if config_file is not None:
         layers.append((str(config_file), read_yaml(config_file)))
     layers.append(("the command line", options))
-    return validated(FinetuneConfig, layers, ("steps", "epochs"))
+    config = validated(FinetuneConfig, layers, ("steps", "epochs"))
+    return config.model_copy(update={"options": {**OWN.get(config.method, {}), **config.options}})
 
 
 def recipe(config: FinetuneConfig, optimizer: str, steps: int, **changes: Any) -> PretrainConfig:
