@@ -95,9 +95,8 @@ class Blocks:
 # rank, padded to a power of two; where it is cut, G is read once for each part, by neighbours in the grid and hence
 # from the L2 cache.
 
-# Most tiles up to rank 128 are the fastest of some 7 to 17 each, on an H100 80GB with torch 2.11 and Triton 3.6
-# (2026-11-28), in steps of Llama-1B's 168 matrices; timings of the same tile differ by 2 %. By the compiler's counts
-# alone are `apply_blocks` at 128 and, above 128, pass 1 and the copies.
+# Most tiles are the fastest of some 3 to 17 each, on an H100 80GB with torch 2.11 and Triton 3.6 (2026-11-28), in steps
+# of Llama-1B's 168 matrices; timings of the same tile differ by 2 %. The copies' were not timed.
 
 #: A program keeps ``rows`` rows of G A^T and walks over the columns of G. The tile of A, ``rank`` x ``cols``, has to
 #: stay small, since several are in flight. 64 rows are what one wgmma takes; a third program on each processor is worth
