@@ -35,7 +35,7 @@ def orthonormalize(X: Tensor, *, right: bool = False) -> tuple[Tensor, Tensor]:
     column = p if right else layout.lines(p)
     table_of[:, layout.LEFT] = torch.arange(n) * r * column
     table_of[:, layout.RIGHT] = torch.arange(n) * layout.lines(r * p)
-    step.matrices = layout.Matrices(table_of.to(X.device), (p,) * n, (p,) * n, ((0, 0),) * n, 0, 0, p % 8 == 0, True)
+    step.matrices = layout.Matrices(table_of.to(X.device), (p,) * n, (p,) * n, ((0, 0),) * n, 0, 0, 0, p % 8 == 0, True)
     each = layout.lines(r * p) if right else r * column
     scratch = torch.zeros((n, each), device=X.device)
     scratch[:, : r * column].view(n, r, column)[:, :, :p] = X.mT

@@ -136,8 +136,6 @@ CHAIN_SUM = Task(
 )  # fmt: skip
 
 ADAMW, MUON = Contestant("lorapre-adamw"), Contestant("lorapre-muon")
-#: Options that the contestants' names do not say: what the library's defaults were when the rows were begun.
-BEGUN: Mapping[str, Mapping[str, Any]] = {"lorapre-adamw": {"sweep_interval": 1}}
 #: First rates: near the best ones of the searches that have come far (docs/study-finetune.md), and for the others as
 #: far above those that their papers give as these turned out to be.
 RATES: Mapping[Contestant, float] = {

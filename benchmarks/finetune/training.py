@@ -17,12 +17,12 @@ from peft import PeftModel
 from rich.console import Console
 
 from finetune.plan import Run
-from finetune.profiles import BEGUN, Contestant, Profile
+from finetune.profiles import Contestant, Profile
 from finetune.testing import read_questions, test_model
 from finetune.tokens import base_data, of_seed
 from lorapre import NonFiniteGradientError
 from lorapre.lab.errors import TrainingDivergedError
-from lorapre.lab.finetune.config import FinetuneConfig
+from lorapre.lab.finetune.config import FinetuneConfig, build_finetune_config
 from lorapre.lab.finetune.preparation import Data, Plan, plan_run
 from lorapre.lab.finetune.quiet import keep_quiet
 from lorapre.lab.finetune.training import Tuned, train_once
@@ -173,7 +173,7 @@ def run_config(profile: Profile, material: Path, contestant: Contestant, run: Ru
         "max_length": profile.max_length,
         "packing": True,
         "method": contestant.method,
-        "options": {**BEGUN.get(contestant.method, {}), **dict(contestant.options)},
+        "options": dict(contestant.options),
         "lr": run.lr,
         "batch_size": profile.batch_size,
         "epochs": 1.0,
@@ -185,7 +185,7 @@ def run_config(profile: Profile, material: Path, contestant: Contestant, run: Ru
         options["rank"] = contestant.rank
     if not contestant.adapts:
         options["dense_lr"] = profile.dense_lr
-    return FinetuneConfig(**options)
+    return build_finetune_config(options)
 
 
 def make_trainer(material: Path, profile: Profile) -> Trainer:

@@ -111,25 +111,20 @@ def _muon(backend: str) -> Contestant:
     )
 
 
-def _adamw(backend: str) -> Contestant:
+def _adamw(backend: str, interval: int | None = None) -> Contestant:
+    """With the default's sweeps, or one in ``interval`` steps."""
+    kind, title = "lorapre-adamw", "LoRAPreAdamW"
+    if interval is not None:
+        kind = f"sweeps-{interval}"
+        title += f", a sweep in {'every step' if interval == 1 else f'{interval} steps'}"
+    period = interval or SWEEP_INTERVAL
     return _lorapre(
-        "lorapre-adamw",
-        _titled("LoRAPreAdamW", backend),
-        lambda groups, rank: LoRAPreAdamW(groups, LR, rank, backend=backend),  # type: ignore[arg-type]
-        costs.sweeping(SWEEP_INTERVAL),
-        first=True,
-        period=SWEEP_INTERVAL,
-    )
-
-
-def _sweeping(interval: int, backend: str) -> Contestant:
-    return _lorapre(
-        f"sweeps-{interval}",
-        _titled(f"LoRAPreAdamW, a sweep in {'every step' if interval == 1 else f'{interval} steps'}", backend),
+        kind,
+        _titled(title, backend),
         lambda groups, rank: LoRAPreAdamW(groups, LR, rank, sweep_interval=interval, backend=backend),  # type: ignore[arg-type]
-        costs.sweeping(interval),
+        costs.sweeping(period),
         first=True,
-        period=interval,
+        period=period,
     )
 
 
@@ -157,7 +152,7 @@ def contestants(backends: tuple[str, ...] = ("auto",)) -> list[Contestant]:
     sgd = lambda module, rank: torch.optim.SGD(module.parameters(), LR, fused=True)  # noqa: E731
     return [
         *(_adamw(backend) for backend in backends),
-        *(_sweeping(interval, backend) for interval in INTERVALS for backend in backends),
+        *(_adamw(backend, interval) for interval in INTERVALS for backend in backends),
         *(_graph(backend) for backend in backends),
         Contestant("adamw-foreach", FOREACH, lambda module, rank: foreach(module), costs.adamw),
         Contestant("sgd", "SGD, fused", sgd, costs.sgd),

@@ -18,8 +18,8 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 BEGIN, END = "<!-- step time: begin -->", "<!-- step time: end -->"
 #: The model that README shows, where it was measured.
 SHOWN = "llama-1b"
-#: In the names of optimizers that are told to step by batched torch.
-EAGER = ", eager"
+#: Fused AdamW, torch's, rivals, ours; who was told a backend has another name.
+TITLES = (REFERENCE, *(one.title for one in sorted(KINDS.values(), key=lambda one: one.ours)))
 
 STEP_HEADER = (
     "| model | dtype | optimizer | rank | step, ms | to fused AdamW | to foreach AdamW | must move, GB | of copy rate "
@@ -86,10 +86,10 @@ _Row = TypeVar("_Row", StepRow, TrainingRow)
 
 def ordered(rows: Iterable[_Row]) -> list[_Row]:
     """Whatever order they were made in: by size and dtype; fused AdamW, torch's, rivals, ours by rank."""
-    models, titles = list(LLAMAS), [REFERENCE, *(one.title for one in sorted(KINDS.values(), key=lambda one: one.ours))]
+    models = list(LLAMAS)
 
     def place(row: _Row) -> tuple[object, ...]:
-        own = titles.index(row.optimizer) if row.optimizer in titles else len(titles)
+        own = TITLES.index(row.optimizer) if row.optimizer in TITLES else len(TITLES)
         dtype = "" if isinstance(row, TrainingRow) else row.dtype
         return models.index(row.model), dtype != "float32", dtype, own, row.optimizer, row.rank or 0
 
@@ -149,9 +149,9 @@ def origin_line(results: Results) -> str:
 
 
 def section(results: Results) -> str:
-    """What README says: of rows without a note, and of `EAGER` ones none."""
+    """What README says: of `TITLES`, and of rows without a note."""
     shown = SHOWN if any(row.model == SHOWN for row in results.steps) else results.steps[0].model
-    own = [row for row in results.steps if row.model == shown and not row.note and EAGER not in row.optimizer]
+    own = [row for row in results.steps if row.model == shown and not row.note and row.optimizer in TITLES]
     dtypes = list(dict.fromkeys(row.dtype for row in own))
     heads = "".join(f" {dtype}, ms | to fused AdamW |" for dtype in dtypes)
     lines = [f"| one step on the matrices of {shown} |{heads} launches | extra memory |",

@@ -44,10 +44,10 @@ class AdamStep(SubspaceStep):
             raise ValueError(f"table.PROJECT cuts rank {self.r}: a sketch needs all ranks in one program")
         if self.spectral:
             K, q = sketch.COLUMNS, self.matrices.q
-            self.sign_columns = max(map(table.padded, q)) if self.by_torch else table.SIGNS
+            self.sign_columns = lines(max(q)) if self.by_torch else table.SIGNS
             self.sign_work = self._work(q, self.sign_columns)
             self.sign_starts = self.sign_work.starts
-            self.signs = self._empty(K * sum(map(lines, q)))
+            self.signs = self._empty(K * self.matrices.wide)
             self.rights = self._empty(self.sign_work.tiles * self.r * K)
             self.sketches = self._empty(K * (K * self.project_rows.tiles if whole else sum(self.matrices.p)))
 

@@ -81,6 +81,7 @@ class Matrices:
             launches that read them differ by these.
         left: numbers of scratch for all left factors.
         right: for all right ones.
+        wide: of scratch of q up to a multiple of 16 a matrix.
         aligned: each m_A begins at a multiple of 16 bytes, and its lines are a multiple of 8 numbers long.
         left_aligned: each m_B begins at a multiple of 16 bytes.
     """
@@ -91,6 +92,7 @@ class Matrices:
     kinds: tuple[tuple[int, int, int], ...]
     left: int
     right: int
+    wide: int
     aligned: bool
     left_aligned: bool
 
@@ -255,7 +257,7 @@ def _matrices(buckets: Sequence[Bucket], addresses: Sequence[Sequence[Sequence[i
                 above, before, wide = above + p, before + q, wide + lines(q)
     table = _sent(torch.tensor(rows, dtype=torch.int64), buckets[0].params[0].device)
     sides = tuple(row[P] for row in rows), tuple(row[Q] for row in rows)
-    return Matrices(table, *sides, tuple(kinds), left, right, right_aligned, left_aligned)
+    return Matrices(table, *sides, tuple(kinds), left, right, wide, right_aligned, left_aligned)
 
 
 def lines(numel: int) -> int:

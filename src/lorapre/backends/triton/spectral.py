@@ -108,8 +108,12 @@ def by_rows(sketch, v_row, rows, p, mean_squares, beta2, v_scale):
 
 
 @triton.jit
-def needed(products, p, q, clipping):
-    """The square of what has to divide the update, times its number of elements, from Y^T Y; see `spectral.norm`."""
+def judge(matrices, surprises, matrix, products, clipping, CLIP: tl.constexpr):
+    """To ``surprises`` the square of what has to divide the update, times its number of elements, from Y^T Y: see
+    `spectral.norm`. CLIP: where it is larger than what is there.
+    """
+    p = size_of(matrices, matrix, P)
+    q = size_of(matrices, matrix, Q)
     k = tl.arange(0, K)
     own = k[:, None] == k[None, :]
     squares = tl.sum(tl.sum(tl.where(own, products, 0.0), axis=1), axis=0) / K
@@ -117,14 +121,17 @@ def needed(products, p, q, clipping):
     height, width = p.to(tl.float32), q.to(tl.float32)
     fourth = tl.maximum(off - squares * squares * ((height + width) / (height * width)), 0.0)
     limit = clipping * (tl.sqrt(height) + tl.sqrt(width))
-    return height * width * tl.sqrt(fourth) / (limit * limit)
+    needed = height * width * tl.sqrt(fourth) / (limit * limit)
+    if CLIP:
+        needed = tl.maximum(needed, tl.load(surprises + matrix))
+    tl.store(surprises + matrix, needed)
 
 
 @triton.jit
 def totals(
     matrices, parts, starts, sums, surprises, sizes, sketches, clipping, PARTS: tl.constexpr, CLIP: tl.constexpr
 ):
-    """`lorapre.backends.triton.elements.totals`, with `needed` in ``surprises`` where that is larger, or not CLIP.
+    """`lorapre.backends.triton.elements.totals`, and then `judge`.
 
     ``sketches`` are Y^T Y of the first pass's tiles, and ``clipping`` is the largest singular value allowed, in units
     of sqrt(p) + sqrt(q). One matrix a program.
@@ -138,10 +145,7 @@ def totals(
     for _ in range(first, tl.load(starts + matrix + 1)):
         products += tl.load(place)
         place += K * K
-    square = needed(products, size_of(matrices, matrix, P), size_of(matrices, matrix, Q), clipping)
-    if CLIP:
-        square = tl.maximum(square, tl.load(surprises + matrix))
-    tl.store(surprises + matrix, square)
+    judge(matrices, surprises, matrix, products, clipping, CLIP)
 
 
 @triton.jit
@@ -158,7 +162,7 @@ def divide(
     CLIP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The same in ``surprises`` from sketches of whole updates over outside, (p, 16) of each matrix, one a program."""
+    """`judge` from sketches of whole updates over outside, (p, 16) of each matrix, one a program."""
     matrix = tl.program_id(0).to(tl.int64)
     p = size_of(matrices, matrix, P)
     q = size_of(matrices, matrix, Q)
@@ -176,7 +180,4 @@ def divide(
         now = tl.load(row_sums + first_row + rows, mask=inside, other=0.0) / q
         y = by_rows(outside * sketch, row_base, rows, p, now, beta2, v_scale)
         products = tl.dot(tl.trans(y), y, products, input_precision=PRECISION)
-    square = needed(products, p, q, clipping)
-    if CLIP:
-        square = tl.maximum(square, tl.load(surprises + matrix))
-    tl.store(surprises + matrix, square)
+    judge(matrices, surprises, matrix, products, clipping, CLIP)
