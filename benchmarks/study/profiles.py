@@ -145,7 +145,7 @@ MAIN = Profile(
         _adam(4.0, "1/4", "+sweep_interval=16", spectral=3.0): (4e-3,),
     },
     finalists=(*FINALISTS, *RESTING),
-    long=FINALISTS,
+    long=(*FINALISTS, *RESTING),
     larger=("llama-60m", "llama-130m"),
     confirmed=(*FINALISTS, *RESTING),
     starts={("llama-130m", RESTING[0]): (2e-3,), ("llama-130m", RESTING[1]): (1e-3,)},
