@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -108,11 +109,12 @@ def ranks_figure(found: Found, profile: Profile) -> Figure | None:
         bounds = [[known.mean - known.low for _, known in tested], [known.high - known.mean for _, known in tested]]
         ranks, means = [rank for rank, _ in tested], [known.mean for _, known in tested]
         right.errorbar(ranks, means, yerr=bounds, capsize=3, label=base.method, **style)
-    for one in (one for one in found if one.options and one.method in {base.method for base in bases}):
-        name = str(one)
-        left.plot([one.rank], [found[one].loss], linestyle="none", marker="*", markersize=11, color="black", label=name)
+    special = [one for one in found if one.options and one.method in {base.method for base in bases}]
+    for one, marker in zip(special, itertools.cycle("*PXd")):
+        point = {"linestyle": "none", "marker": marker, "markersize": 10, "color": "black", "label": str(one)}
+        left.plot([one.rank], [found[one].loss], **point)
         if (known := found[one].accuracy) is not None:
-            right.plot([one.rank], [known.mean], linestyle="none", marker="*", markersize=11, color="black", label=name)
+            right.plot([one.rank], [known.mean], **point)
     left.set_ylabel(LOSS)
     right.set_ylabel("test accuracy")
     right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")

@@ -158,8 +158,11 @@ RATES: Mapping[Contestant, float] = {
 }
 #: First moment only: v is kept whole.
 FIRST_MOMENT = Contestant("lorapre-adamw", 8, (("second_moment", "full"),))
+#: The optimizer's own default, where ``lorapre finetune`` sweeps in every step.
+RESTING = Contestant("lorapre-adamw", 8, (("sweep_interval", 4),))
 RANKS: Mapping[Contestant, Contestant] = {
     FIRST_MOMENT: ADAMW,
+    RESTING: ADAMW,
     **{Contestant(base.method, rank): base for rank in (1, 32, 4) for base in (ADAMW, MUON)},
 }
 

@@ -165,7 +165,10 @@ def test_the_profiles_compare_lorapre_with_every_rival_at_rank_8_and_sweep_its_r
         assert methods == {**dict.fromkeys({"lorapre-adamw", "lorapre-muon"} | rivals, 8), "full-adamw": None}
         ranks = {(one.method, one.rank) for one in profile.ranks if not one.options}
         assert ranks == set(itertools.product(("lorapre-adamw", "lorapre-muon"), (1, 4, 32)))
-        assert [dict(one.options) for one in profile.ranks if one.options] == [{"second_moment": "full"}]
+        assert [dict(one.options) for one in profile.ranks if one.options] == [
+            {"second_moment": "full"},
+            {"sweep_interval": 4},
+        ]
         assert len(profile.seeds) == 4
 
 
