@@ -479,7 +479,10 @@ class TestOnTorchsBench(TestCase):
                 for optimizer in alone:
                     optimizer.step()
             for (_, a), (_, b) in zip(params, copies, strict=True):
-                self.assertEqual(a, b, msg=given.desc)
+                # A product of several matrices at once is rounded otherwise than that of one, and Newton-Schulz'
+                # iteration enlarges the difference; the other dtypes' own tolerances are above it.
+                bounds = {"atol": 1e-4, "rtol": 1e-4} if a.dtype == torch.float32 else {}
+                self.assertEqual(a, b, msg=given.desc, **bounds)
 
     @optims(DB, dtypes=[torch.float32])
     def test_the_default_dtype_does_not_change_the_run(self, device, dtype, optim_info) -> None:

@@ -286,7 +286,7 @@ def test_the_command_says_what_is_to_come_and_what_is_missing(
     told = capsys.readouterr().out
     assert "search: 42 x search" in told  # 14 methods, 3 rates
     assert "seeds: 42 x test" in told  # 14 methods, 3 seeds
-    assert "ranks: 21 x search" in told  # 7 contestants, 3 rates
+    assert "ranks: 24 x search" in told  # 8 contestants, 3 rates
     assert not (tmp_path / "work").exists()
     with pytest.raises(SystemExit, match=r"has no model/config\.json\. Make it with --prepare model"):
         run("--task", "gsm8k", "--material", str(tmp_path / "none"), *work)
