@@ -61,7 +61,7 @@ def test_the_two_commands_stand_alone_and_ci_finds_the_second() -> None:
 
 
 _ADAMW = "lorapre-adamw+residual_gain=4.0+update_clipping=true"
-#: README's names of the study's finalists; who has fewer than three seeds says so behind it.
+#: README's names of the study's finalists, each with three seeds.
 FINALISTS = {
     "Muon": "muon",
     "AdamW": "adamw",
@@ -75,7 +75,6 @@ FINALISTS = {
         for share in (4, 32)
     },
 }
-SEEDS = {" (two seeds)": 2, "": 3}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/study-defaults.md"])
@@ -91,18 +90,16 @@ def test_the_finalists_of_the_study_are_quoted_as_they_were_measured(page: str) 
         quoted.setdefault(re.sub(r"^(LoRA-Pre) (\w+)", r"`LoRAPre\2`", line[0]).replace(" (torch)", ""), line)
     found = set()
     for name, contestant in FINALISTS.items():
-        said = next((said for said in SEEDS if name + said in quoted), None)
-        if said is None:
+        if name not in quoted:
             continue
         found.add(name)
-        seeds = SEEDS[said]
         setting = ("llama-20m", 50_000_000, contestant)
         own = [row for row in rows if (row["model"], row["tokens"], row["contestant"]) == setting]
         best = min((row for row in own if row["seed"] == 0), key=lambda row: row["loss"])
         losses = [row["loss"] for row in own if row["lr"] == best["lr"]]
-        assert len(losses) == seeds
+        assert len(losses) == 3
         spread = max(losses) - min(losses)
-        assert quoted[name + said][1] == format_bytes(best["state_bytes"]), name
-        assert quoted[name + said][-1] == f"{sum(losses) / seeds:.3f} ± {spread:.3f}", name
+        assert quoted[name][1] == format_bytes(best["state_bytes"]), name
+        assert quoted[name][-1] == f"{sum(losses) / 3:.3f} ± {spread:.3f}", name
     # README has the defaults alone
     assert found == {name for name in FINALISTS if page != "README.md" or "every step" not in name}

@@ -15,7 +15,7 @@ from lorapre.lab.compare.style import MARKERS, OTHERS, OURS
 from lorapre.lab.run_folder import write_atomically
 from step_time.contestants import REFERENCE
 from step_time.goals import DEFAULT, MODEL, RATIOS
-from step_time.rows import Results, StepRow
+from step_time.rows import Results, StepRow, TrainingRow
 
 #: Of a model's line.
 COLOURS = {"llama-60m": OURS[1][0], "llama-350m": OURS[2][0], "llama-1b": OURS[0][0], "llama-7b": "#6A3D9A"}
@@ -23,10 +23,11 @@ RATIO = "step time / fused AdamW's"
 
 
 def write_figures(results: Results, folder: Path) -> None:
-    """``ratio.png``, and ``training.png`` where there are such rows."""
-    figures = {"ratio.png": ratio_figure(results.steps)}
-    if results.training:
-        figures["training.png"] = training_figure(results)
+    """``ratio.png``, and ``training.png``, of rows without a note: one line is of one state of the code."""
+    steps, training = ([row for row in rows if not row.note] for rows in (results.steps, results.training))
+    figures = {"ratio.png": ratio_figure(steps)} if steps else {}
+    if training:
+        figures["training.png"] = training_figure(training)
     for name, figure in figures.items():
 
         def write(path: Path, figure: Figure = figure) -> None:
@@ -70,13 +71,13 @@ def ratio_figure(rows: list[StepRow]) -> Figure:
     return figure
 
 
-def training_figure(results: Results) -> Figure:
+def training_figure(rows: list[TrainingRow]) -> Figure:
     """A panel a model: tokens a second as a share of fused AdamW's."""
-    models = list(dict.fromkeys(row.model for row in results.training))
+    models = list(dict.fromkeys(row.model for row in rows))
     with _style():
         figure, panels = _new(len(models), 6.0, 4.2)
         for axes, model in zip(panels, models, strict=True):
-            own = [row for row in results.training if row.model == model]
+            own = [row for row in rows if row.model == model]
             own.sort(key=lambda row: row.ratio_to_fused_adamw)
             names = [row.optimizer if row.rank is None else f"{row.optimizer}, r = {row.rank}" for row in own]
             colours = [_bar_colour(row.optimizer) for row in own]

@@ -16,7 +16,20 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 from lorapre.lab.compare.style import LINES, MARKERS
 from lorapre.lab.run_folder import write_atomically
 from lorapre.optim.summary import format_bytes
-from study.looks import DEFAULT_GAIN, FACTORS, GREY, extras, family, gain, is_ours, label, look, numbered, rank_name
+from study.looks import (
+    DEFAULT_GAIN,
+    FACTORS,
+    GREY,
+    NOW,
+    extras,
+    family,
+    gain,
+    is_ours,
+    label,
+    look,
+    numbered,
+    rank_name,
+)
 from study.rows import Best, Rows
 
 LOSS = "validation loss (nats a token)"
@@ -184,10 +197,13 @@ def rates_figure(best: Mapping[str, Best], title: str) -> Figure:
 def curves_figure(rows: Rows, model: str, tokens: int) -> Figure:
     """Loss against tokens, each contestant at its best rate: longer runs and larger models, or else the search's."""
     settings = [setting for setting in rows.settings() if setting != (model, tokens)] or [(model, tokens)]
-    figure, every = _new("Validation loss", "tokens (millions)", len(settings), columns=min(3, len(settings)))
+    figure, every = _new(
+        "Validation loss", "tokens (millions)", len(settings), columns=min(3, len(settings)), height=7.2
+    )
     for axes, setting in zip(every, settings, strict=True):
         best = [one for one in rows.best(*setting).values() if one.losses]
         best.sort(key=lambda one: one.mean)
+        best = [one for one in best if len(extras(one.row, NOW)) < 2]  # the defaults, and what one option makes of them
         if len(settings) == 1:  # of all that are in the search these are legible
             best = [
                 one for one in best if not extras(one.row) and (not is_ours(one.row) or gain(one.row) == DEFAULT_GAIN)
@@ -201,7 +217,7 @@ def curves_figure(rows: Rows, model: str, tokens: int) -> Figure:
             style = look(one.row)
             line = style.line if one.row["state_bytes"] == max(ranks[family(one.row)]) else (0, (1, 1.2))
             xs, ys = zip(*one.row["curve"], strict=True)
-            varied = extras(one.row)
+            varied = extras(one.row, NOW)
             name = ", ".join(part for part in (family(one.row), rank_name(one.row), *varied) if part)
             drawn = {"color": style.colour, "linestyle": line, "linewidth": style.width, "marker": style.marker}
             if varied:  # beside the default, whose colour it has
@@ -209,15 +225,17 @@ def curves_figure(rows: Rows, model: str, tokens: int) -> Figure:
             axes.plot([x / 1e6 for x in xs], ys, markersize=4, label=f"{name}  {ys[-1]:.3f}", **drawn)
             ends += ys[len(ys) // 3 :]
         _finish(axes, ends, reach=2.0, arrows=False)
-        axes.legend(loc="upper right", fontsize=7, handlelength=2.4, framealpha=0.8, edgecolor="none")
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), fontsize=8, handlelength=2.6, frameon=False)
     return figure
 
 
-def _new(title: str, xlabel: str, panels: int = 1, columns: int = 1, *, wide: bool = False) -> tuple[Figure, list[Any]]:
-    """A figure of panels; ``wide`` where each has a legend at its side."""
+def _new(
+    title: str, xlabel: str, panels: int = 1, columns: int = 1, *, wide: bool = False, height: float = 5.2
+) -> tuple[Figure, list[Any]]:
+    """A figure of panels of that ``height``; ``wide`` where each has a legend at its side."""
     lines = -(-panels // columns)
     figure = Figure(
-        figsize=(11, 5.6) if panels == 1 else ((7.6 if wide else 4.6) * columns, (3.9 if wide else 5.2) * lines),
+        figsize=(11, 5.6) if panels == 1 else ((7.6 if wide else 4.6) * columns, (3.9 if wide else height) * lines),
         layout="constrained",
     )
     FigureCanvasAgg(figure)

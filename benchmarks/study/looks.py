@@ -10,6 +10,7 @@ from typing import Any
 from lorapre.lab.compare.style import BLACK, LINES, MARKERS, OTHERS, OURS
 from lorapre.lab.optimizers import OPTIMIZERS
 from lorapre.lab.optimizers.options import defaults
+from lorapre.optim.checks import SWEEP_INTERVAL
 from study.profiles import BEGUN
 from study.rows import Row
 
@@ -32,6 +33,11 @@ FACTORS = "LoRA-Pre Muon, by factors"
 #: Settings of our own that the figures take for granted, those of most rows; everything else is said.
 USUAL: Mapping[str, Mapping[str, Any]] = {
     name: {**defaults(OPTIMIZERS[name].options), **BEGUN.get(name, {})} for name in ("lorapre-adamw", "lorapre-muon")
+}
+#: The library's own defaults; the curves are told apart from them.
+NOW: Mapping[str, Mapping[str, Any]] = {
+    **USUAL,
+    "lorapre-adamw": {**USUAL["lorapre-adamw"], "sweep_interval": SWEEP_INTERVAL},
 }
 #: Of both.
 DEFAULT_GAIN = float(USUAL["lorapre-adamw"]["residual_gain"])
@@ -84,10 +90,11 @@ def rank_name(row: Row) -> str:
     return f"r = {'' if share.numerator == 1 else share.numerator}d/{share.denominator}"
 
 
-def extras(row: Row) -> list[str]:
-    """Settings that are not `USUAL`, besides the gain, and a gain that follows the learning rate."""
-    usual, settings = USUAL.get(row["optimizer"], {}), row["settings"]
-    varied = [name for name in usual if name != "residual_gain" and settings.get(name, usual[name]) != usual[name]]
+def extras(row: Row, known: Mapping[str, Mapping[str, Any]] = USUAL) -> list[str]:
+    """Settings that are not those ``known``, besides the gain, and a gain that follows the learning rate."""
+    # A row from before an option was there has what the first rows had.
+    usual, settings = known.get(row["optimizer"], {}), {**USUAL.get(row["optimizer"], {}), **row["settings"]}
+    varied = [name for name in usual if name != "residual_gain" and settings[name] != usual[name]]
     return [_said(name, settings[name]) for name in varied] + (
         ["gain falls"] if "residual_gain_follows" in settings else []
     )
@@ -98,6 +105,7 @@ def _said(name: str, value: Any) -> str:
         "normalization": {"none": "not evened out", "rows": "even rows"},
         "update_clipping": {True: "clipped", False: "not clipped"},
         "spectral_clipping": {None: "no spectral clip"},
+        "sweep_interval": {1: "a sweep a step"},
     }
     return words.get(name, {}).get(value, f"{name.replace('_', ' ')} {value}")
 

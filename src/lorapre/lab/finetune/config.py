@@ -17,8 +17,8 @@ from lorapre.routing import check_rank
 #: The model and the task that a run without arguments makes itself.
 TINY_MODEL, ARITHMETIC = "tiny", "arithmetic"
 
-#: Options of methods that differ from their optimizer's defaults: runs of a few hundred steps, as fine-tuning's are,
-#: have been tried with bases that move in every step alone (docs/study-finetune.md).
+#: Options of methods that differ from their optimizer's defaults: in runs of a few hundred steps, as
+#: fine-tuning's are, bases that move in every fourth alone find the subspace too late (docs/study-finetune.md).
 OWN: Mapping[str, Mapping[str, Any]] = {"lorapre-adamw": {"sweep_interval": 1}}
 
 Adapter = Literal["lora", "rslora", "dora"]
