@@ -103,3 +103,33 @@ def test_the_finalists_of_the_study_are_quoted_as_they_were_measured(page: str) 
         assert quoted[name][-1] == f"{sum(losses) / 3:.3f} ± {spread:.3f}", name
     # README has the defaults alone
     assert found == {name for name in FINALISTS if page != "README.md" or "every step" not in name}
+
+
+#: The study's names of the methods that fine-tune.
+METHODS = {
+    "LoRA-Pre Muon": "lorapre-muon", "LoRA-Pre AdamW": "lorapre-adamw", "AdamW, all weights": "full-adamw",
+    "Fira": "fira", "LoRA+": "lora+", "APOLLO": "apollo", "rsLoRA": "rslora", "DoRA": "dora", "LoRA": "lora",
+    "GaLore": "galore", "LoRA-Pro": "lora-pro", "LoFT": "loft",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["chain-sum", "gsm8k"])
+def test_the_fine_tuning_of_each_method_is_quoted_as_it_was_measured(task: str) -> None:
+    table = ROOT / "benchmarks" / "results" / f"finetune-{task}" / "table.json"
+    rows = json.loads(table.read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "study-finetune.md").read_text(encoding="utf-8")
+    block = page[page.index(f"| `{task}`") :].split("\n\n", 1)[0]
+    lines = [[cell.strip().strip("*") for cell in line.strip("|").split("|")] for line in block.splitlines()[2:]]
+    assert [line[0] for line in lines] == sorted(METHODS, key=[line[0] for line in lines].index)
+    accuracies = []
+    for name, second, rate, accuracy, loss, *rest in lines:
+        (row,) = (r for r in rows if r["method"] == METHODS[name] and r["rank"] in (8, None) and not r["options"])
+        low, high = row["interval"]
+        assert accuracy == f"{100 * row['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}]", name
+        assert (float(rate), loss) == (row["lr"], f"{row['loss']:.3f}"), name
+        assert rest[-1] == f"{row['peak_bytes'] / 1e9:.2f} GB", name
+        seeds = len(row["seeds"])
+        assert second == (str(seeds) if task == "gsm8k" else "–" if row["rank"] is None else "8"), name
+        assert seeds == 3 or task == "gsm8k"
+        accuracies.append(row["accuracy"])
+    assert accuracies == sorted(accuracies, reverse=True)
