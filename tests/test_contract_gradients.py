@@ -87,7 +87,9 @@ def test_nonfinite_gradients_change_nothing(
     for bad in (torch.inf, torch.nan):
         params[where].grad.view(-1)[-1] = bad
         optimizer.param_groups[0]["nonfinite"] = "raise"
-        with pytest.raises(NonFiniteGradientError, match=f"'{label}' holds inf or nan. Nothing was changed"):
+        with pytest.raises(
+            NonFiniteGradientError, match=f"'{label}' holds inf or nan, or its squares do. Nothing was changed"
+        ):
             optimizer.step()
         assert_same_bits(snapshot(optimizer), before)
         optimizer.param_groups[0]["nonfinite"] = "skip"
@@ -96,7 +98,7 @@ def test_nonfinite_gradients_change_nothing(
             optimizer.step()
         assert_same_bits(snapshot(optimizer), before)
         assert [record.getMessage() for record in caplog.records] == [
-            f"{kind.cls.__name__} skips a step: the gradient of parameter {label!r} holds inf or nan"
+            f"{kind.cls.__name__} skips a step: the gradient of parameter {label!r} holds inf or nan, or its squares do"
         ]
 
 
@@ -107,6 +109,37 @@ def test_a_gradient_that_is_not_finite_raises_unless_told_otherwise(kind: Kind, 
     params_of(optimizer)[1].grad[2, 3] = torch.nan
     with pytest.raises(NonFiniteGradientError, match="'1' holds inf or nan"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@every_kind
+def test_a_gradient_whose_squares_overflow_is_left_out_where_they_are_summed(
+    kind: Kind, capturable: bool, device: torch.device
+) -> None:
+    """Else it would be inf in a matrix's state, and nan in all of its weights two steps later."""
+    for where, shape in enumerate(SHAPES):
+        optimizer = kind(make_params(SHAPES, torch.float32, device), rank=3, nonfinite="skip", capturable=capturable)
+        train(optimizer, 2)
+        before = snapshot(optimizer)
+        params = params_of(optimizer)
+        set_grads(params, random_grads(params, 5))
+        params[where].grad.view(-1)[0] = 1e20
+        optimizer.step()
+        if len(shape) > 1:
+            assert_same_bits(snapshot(optimizer), before)
+        train(optimizer, 3)
+        assert all(W.isfinite().all() for W, _ in snapshot(optimizer))
+
+
+def test_gradients_far_beyond_usual_ones_are_no_overflow(device: torch.device) -> None:
+    optimizer = LoRAPreAdamW(make_params(SHAPES, torch.float32, device), rank=3)
+    params = params_of(optimizer)
+    for seed in range(3):
+        set_grads(params, [1e15 * grad for grad in random_grads(params, seed)])
+        before = snapshot(optimizer)
+        optimizer.step()
+        assert all(not torch.equal(W, old) for (W, _), (old, _) in zip(snapshot(optimizer), before, strict=True))
+    assert all(W.isfinite().all() for W, _ in snapshot(optimizer))
 
 
 @every_kind

@@ -22,6 +22,10 @@ CPU = torch.device("cpu")
 Shape = tuple[int, ...]
 
 
+#: Of factors that are kept in float64.
+EPS = torch.finfo(torch.float64).eps
+
+
 def build(
     shape: Shape = (12, 20), dtype: torch.dtype = torch.float64, **options: Any
 ) -> tuple[nn.Parameter, LoRAPreAdamW]:
@@ -353,7 +357,7 @@ def test_a_singular_factor_spans_what_it_spans_and_has_no_finite_condition() -> 
 
 def test_drift_is_nothing_for_one_subspace_all_for_orthogonal_ones_and_the_sine_between() -> None:
     def spanned(*rows: list[float]) -> tuple[Tensor, Tensor]:
-        return momentum_figures.row_space(torch.tensor([rows], dtype=torch.float64))
+        return momentum_figures.row_space(torch.tensor([rows], dtype=torch.float64), EPS)
 
     x, y, z = [1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]
     w, none = [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]
@@ -378,7 +382,7 @@ def test_the_condition_of_the_product_survives_factors_that_are_each_badly_scale
     scale = torch.tensor([1e5, 1.0, 1e-5], dtype=torch.float64)
     core = torch.tensor([4.0, 3.0, 2.0], dtype=torch.float64)
     m_B, m_A = (U * core / scale)[None], (V * scale).mT[None]
-    of_A, of_product = momentum_figures.conditions(m_B, m_A)
+    of_A, of_product = momentum_figures.conditions(m_B, m_A, EPS)
     assert of_A.item() == pytest.approx(1e10, rel=1e-4)
     assert of_product.item() == pytest.approx(2.0, rel=1e-4)
 
@@ -386,9 +390,19 @@ def test_the_condition_of_the_product_survives_factors_that_are_each_badly_scale
 def test_rows_that_depend_on_each_other_are_singular_whatever_rounding_leaves_of_them() -> None:
     m_B, m_A = torch.randn(2, 12, 3, dtype=torch.float64), torch.randn(2, 3, 20, dtype=torch.float64)
     m_A[1, 2] = 0.3 * m_A[1, 0] + 0.7 * m_A[1, 1]
-    for condition in momentum_figures.conditions(m_B, m_A):
+    for condition in momentum_figures.conditions(m_B, m_A, EPS):
         assert condition.isinf().tolist() == [False, True]
-    assert momentum_figures.row_space(m_A)[1].tolist() == [3, 2]
+    assert momentum_figures.row_space(m_A, EPS)[1].tolist() == [3, 2]
+    # Kept in float32 the dependent row is off by that dtype's rounding, which is no direction either, ...
+    kept, eps = m_A.float().double(), torch.finfo(torch.float32).eps
+    for condition in momentum_figures.conditions(m_B, kept, eps):
+        assert condition.isinf().tolist() == [False, True]
+    assert momentum_figures.row_space(kept, eps)[1].tolist() == [3, 2]
+    # ... while a short row keeps its own digits.
+    short = (m_A * torch.tensor([1.0, 1e-10, 1.0], dtype=torch.float64)[:, None]).float().double()
+    (of_A, _), directions = momentum_figures.conditions(m_B, short, eps), momentum_figures.row_space(short, eps)[1]
+    assert 1e9 < of_A[0].item() < 1e12
+    assert directions[0].item() == 3
 
 
 def test_factors_that_are_no_longer_finite_give_no_figures_and_no_error() -> None:

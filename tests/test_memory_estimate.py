@@ -67,6 +67,16 @@ def test_the_estimate_of_a_model_is_that_of_its_groups_with_their_own_options(ki
     assert 0 < (scratch_bytes(built) or 0) <= whole.scratch
 
 
+def test_groups_may_be_given_in_every_form_that_the_optimizer_takes() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 48))
+    whole = estimate_memory([{"params": list(model.parameters())}], rank=4)
+    assert whole.state == LoRAPreAdamW(model.parameters(), rank=4).summary().state_bytes
+    for params in (model.parameters(), model.named_parameters(), iter(list(model.parameters()))):
+        assert estimate_memory([{"params": params}], rank=4) == whole
+    weight = model[0].weight
+    assert estimate_memory([{"params": weight}], rank=4) == estimate_memory([{"params": [weight]}], rank=4)
+
+
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, nn.Linear])
 def test_a_class_whose_memory_is_not_known_is_refused_with_those_that_are(kind: Any) -> None:
     with pytest.raises(TypeError, match=f"{kind.__name__} is not known.*LoRAPreAdamW, LoRAPreMuon, LoRAPreSGD"):

@@ -192,11 +192,13 @@ def test_a_rank_that_fills_no_block_up(device: torch.device) -> None:
     run_beside_the_reference(Case("", ((rank + 5, rank + 9),), rank=rank, steps=1), torch.float32, device, 1e-5)
 
 
-@pytest.mark.parametrize("second_moment", ["rank1", "full"])
+@pytest.mark.parametrize(("second_moment", "maximize"), [("rank1", False), ("full", False), ("rank1", True)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_weights_are_rounded_to_nearest(dtype: torch.dtype, second_moment: str, device: torch.device) -> None:
+def test_narrow_weights_are_rounded_to_nearest(
+    dtype: torch.dtype, second_moment: str, maximize: bool, device: torch.device
+) -> None:
     shape = (40, 50)
-    optimizer, _ = both((shape,), dtype, device, weight_decay=0.5, second_moment=second_moment)
+    optimizer, _ = both((shape,), dtype, device, weight_decay=0.5, second_moment=second_moment, maximize=maximize)
     (param,) = params_of(optimizer)
     run = ReferenceRun(optimizer, param, optimizer.param_groups[0])
     for grad in gradients(shape, 3):

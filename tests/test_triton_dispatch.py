@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -74,6 +75,20 @@ def test_auto_takes_the_kernels_up_to_the_rank_at_which_they_were_measured_to_be
     assert set(calls) == {"eager"}
 
 
+def test_auto_says_once_that_a_rank_is_above_what_was_measured(
+    device: torch.device, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_said", set())
+    for measured, expected in (({}, []), ({device.type: 3}, ["Matrices at rank 4 .* plain torch: up to rank 3 .*"])):
+        monkeypatch.setattr(dispatch, "MEASURED", {"adamw": measured, "muon": {}})
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="lorapre"):
+            trained(device, steps=2)
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == len(expected)
+        assert all(re.match(pattern, message) for pattern, message in zip(expected, said, strict=True))
+
+
 @pytest.mark.parametrize(("hip", "measured"), [(None, True), ("6.4", False)])
 def test_what_was_measured_on_nvidia_is_not_said_of_amd(
     hip: str | None, measured: bool, monkeypatch: pytest.MonkeyPatch
@@ -81,7 +96,7 @@ def test_what_was_measured_on_nvidia_is_not_said_of_amd(
     monkeypatch.setattr(torch.version, "hip", hip)
     bucket: Any = SimpleNamespace(view=SimpleNamespace(rank=dispatch.MEASURED["adamw"]["cuda"]))
     hyper: Any = SimpleNamespace(regressor=SimpleNamespace(regression="subspace"))
-    assert dispatch._measured(bucket, hyper, "cuda") is measured
+    assert (dispatch._most_measured(hyper, "cuda") >= bucket.view.rank) is measured
 
 
 def test_auto_takes_the_kernels_of_the_papers_regression_as_far_as_they_were_measured(

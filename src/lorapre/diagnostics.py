@@ -253,7 +253,7 @@ class MomentumDiagnostics:
             self._before[watched.name] = _Before(
                 count=self._count(watched),
                 weight=watched.param.detach().clone(),
-                basis=row_space(m_A) if bool(m_A.isfinite().all()) else None,
+                basis=row_space(m_A, self._eps(watched)) if bool(m_A.isfinite().all()) else None,
             )
 
     @torch.no_grad()
@@ -283,12 +283,13 @@ class MomentumDiagnostics:
         self, watched: _Watched, group: Group, before: _Before, weight: Tensor, G: Tensor, ema: Tensor | None
     ) -> MomentumRecord:
         figures = dict.fromkeys(_FIGURES, math.nan)
+        eps = self._eps(watched)
         m_B, m_A = self._factor(watched, "m_B"), self._factor(watched, "m_A")
         read = (m_B, m_A) if ema is None else (m_B, m_A, ema)
         # No decomposition takes nan. A run that has diverged is to end by its own error, not here.
         if before.basis is not None and all(bool(tensor.isfinite().all()) for tensor in read):
-            means = {"outside": energy_outside(G, before.basis[0]), "drift": drift(before.basis, row_space(m_A))}
-            means |= zip(("condition_m_A", "condition_product"), conditions(m_B, m_A), strict=True)
+            means = {"outside": energy_outside(G, before.basis[0]), "drift": drift(before.basis, row_space(m_A, eps))}
+            means |= zip(("condition_m_A", "condition_product"), conditions(m_B, m_A, eps), strict=True)
             if ema is not None:
                 means |= zip(("ema_error", "best_error", "ema_cosine"), tracking(m_B, m_A, ema.double()), strict=True)
             figures |= {key: float(values.nanmean()) for key, values in means.items()}
@@ -317,6 +318,10 @@ class MomentumDiagnostics:
         """A factor as (batch, p, r) or (batch, r, q), in float64."""
         factor: Tensor = self._optimizer.state[watched.param][key].double()
         return factor if watched.view.stacked else factor[None]
+
+    def _eps(self, watched: _Watched) -> float:
+        """Of the dtype in which the factors are kept."""
+        return float(torch.finfo(self._optimizer.state[watched.param]["m_A"].dtype).eps)
 
     @staticmethod
     def _matrices(watched: _Watched, tensor: Tensor) -> Tensor:

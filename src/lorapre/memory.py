@@ -82,12 +82,14 @@ def estimate_memory(
     groups = param_groups(model) if isinstance(model, nn.Module) else [dict(group) for group in model]
     params: list[Tensor] = []
     for group in groups:
-        named = [entry if isinstance(entry, tuple) else None for entry in group["params"]]
-        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in group["params"]]
+        given = group["params"]
+        entries = [given] if isinstance(given, Tensor) else list(given)
+        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
         meta = [nn.Parameter(tensor.detach().to("meta")) for tensor in tensors]
         params += meta
         group["params"] = [
-            (entry[0], tensor) if entry is not None else tensor for entry, tensor in zip(named, meta, strict=True)
+            (entry[0], tensor) if isinstance(entry, tuple) else tensor
+            for entry, tensor in zip(entries, meta, strict=True)
         ]
     if rank is not None:
         options["rank"] = rank

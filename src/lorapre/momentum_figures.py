@@ -1,7 +1,8 @@
 """How good factors m_B m_A of a momentum are, in numbers. Pure functions on batches of matrices.
 
 Shapes: ``m_B`` is (n, p, r), ``m_A`` (n, r, q), gradients ``G`` and dense momenta ``M`` are (n, p, q), all in float64;
-a figure is a tensor (n,), one number a matrix. `lorapre.diagnostics` takes them while an optimizer trains.
+a figure is a tensor (n,), one number a matrix. ``eps`` is that of the dtype in which the factors are kept,
+by which what is rounding is told from a direction. `lorapre.diagnostics` takes them while an optimizer trains.
 """
 
 from __future__ import annotations
@@ -12,36 +13,48 @@ import torch
 from torch import Tensor
 
 
-def row_space(m_A: Tensor) -> tuple[Tensor, Tensor]:
+def row_space(m_A: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """An orthonormal basis of the rows of m_A, (n, q, r), and the numbers of its columns that are not zero, (n,).
 
     A singular m_A has fewer than r directions; the columns of the missing ones are zero.
     """
-    Q, R = torch.linalg.qr(m_A.mT)
+    Q, R = torch.linalg.qr(_evened(m_A).mT)
     U, singular, _ = torch.linalg.svd(R)
-    kept = singular > _rounding(m_A) * singular[..., :1]
+    kept = singular > _rounding(m_A, eps) * singular[..., :1]
     return (Q @ U) * kept[..., None, :], kept.sum(dim=-1)
 
 
-def conditions(m_B: Tensor, m_A: Tensor) -> tuple[Tensor, Tensor]:
-    """Condition numbers (n,) of m_A and of the r singular values of m_B m_A, from thin QRs alone.
+def conditions(m_B: Tensor, m_A: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Condition numbers (n,) of m_A and of the r singular values of m_B m_A, from thin QRs alone; inf if singular.
 
-    With m_B = Q_B R_B and m_A^T = Q_A R_A the product is Q_B (R_B R_A^T) Q_A^T: its core is r x r.
+    With m_B = Q_B R_B and m_A^T = Q_A R_A the product is Q_B (R_B R_A^T) Q_A^T: its core is r x r. A factor is
+    singular by its rows or columns brought to one length: each has its own rounding, however small it is.
     """
     R_A = torch.linalg.qr(m_A.mT, mode="r").R
     R_B = torch.linalg.qr(m_B, mode="r").R
-    return _condition(R_A, _rounding(m_A)), _condition(R_B @ R_A.mT, max(_rounding(m_A), _rounding(m_B)))
+    without_A = _singular(m_A, eps)
+    without = without_A | _singular(m_B.mT, eps)
+    return _condition(R_A).masked_fill(without_A, math.inf), _condition(R_B @ R_A.mT).masked_fill(without, math.inf)
 
 
-def _condition(core: Tensor, rounding: float) -> Tensor:
-    S = torch.linalg.svdvals(core)
-    largest, smallest = S[..., 0], S[..., -1]
-    return torch.where(smallest > rounding * largest, largest / smallest, math.inf)
+def _condition(core: Tensor) -> Tensor:
+    S: Tensor = torch.linalg.svdvals(core)
+    return S[..., 0] / S[..., -1]
 
 
-def _rounding(factor: Tensor) -> float:
-    """What of a singular value, relative to the largest, is rounding."""
-    return max(factor.shape[-2:]) * torch.finfo(factor.dtype).eps
+def _singular(rows: Tensor, eps: float) -> Tensor:
+    S: Tensor = torch.linalg.svdvals(torch.linalg.qr(_evened(rows).mT, mode="r").R)
+    return S[..., -1] <= _rounding(rows, eps) * S[..., 0]
+
+
+def _evened(rows: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows / lengths.where(lengths > 0, 1.0)
+
+
+def _rounding(factor: Tensor, eps: float) -> float:
+    """What of a singular value, relative to the largest, is rounding: of the numbers kept, or of the arithmetic."""
+    return max(math.sqrt(min(factor.shape[-2:])) * eps, max(factor.shape[-2:]) * torch.finfo(factor.dtype).eps)
 
 
 def energy_outside(G: Tensor, basis: Tensor) -> Tensor:

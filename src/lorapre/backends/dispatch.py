@@ -81,7 +81,16 @@ def _parted(job: Job) -> tuple[list[Bucket], list[Bucket]]:
     by_kernels, in_torch = [], []
     for bucket in job.buckets:
         backend = job.backend
-        if backend == "eager" or (backend == "auto" and not _measured(bucket, job.hyper, bucket.params[0].device.type)):
+        if backend == "auto":
+            rank, most = bucket.view.rank, _most_measured(job.hyper, bucket.params[0].device.type)
+            if rank > most > 0:
+                _say_once(
+                    f"Matrices at rank {rank} are stepped in plain torch: up to rank {most} the kernels were measured "
+                    "to be ahead of it here. backend='triton' takes them nevertheless."
+                )
+            if rank > most:
+                backend = "eager"
+        if backend == "eager":
             in_torch.append(bucket)
             continue
         reason = triton.supports(bucket, job.hyper)
@@ -101,16 +110,17 @@ def _parted(job: Job) -> tuple[list[Bucket], list[Bucket]]:
 def foreseen(bucket: Bucket, hyper: Hyperparameters, backend: Backend, device_type: str) -> bool:
     """Whether the kernels will step such a bucket, of plain tensors, on such a device, which need not be here."""
     if backend == "auto":
-        measured = triton.installed() and _measured(bucket, hyper, device_type)
+        measured = triton.installed() and bucket.view.rank <= _most_measured(hyper, device_type)
         return measured and triton.unsupported_option(bucket, hyper) is None
     return backend == "triton"
 
 
-def _measured(bucket: Bucket, hyper: Hyperparameters, device_type: str) -> bool:
+def _most_measured(hyper: Hyperparameters, device_type: str) -> int:
+    """The largest rank that "auto" leaves to the kernels there; 0 for none."""
     by_newton = hyper.regressor.regression == "newton"
     largest = MEASURED["muon" if isinstance(hyper, MuonHyperparameters) else "newton" if by_newton else "adamw"]
     platform = "hip" if device_type == "cuda" and torch.version.hip is not None else device_type
-    return bucket.view.rank <= largest.get(platform, 0)
+    return largest.get(platform, 0)
 
 
 def _say_once(message: str) -> None:

@@ -80,7 +80,8 @@ class LoRAPreAdamW(BackedOptimizer):
             Either way nothing changes. None means "raise", or "skip" with ``capturable``, where it must be. Where
             kernels take part, ``step()`` does not wait for the device: that a step was left out is said, and its
             count taken back, by the next call of ``step``, ``state_dict``, ``load_state_dict`` or ``settle``, which
-            does nothing else if it raises. To the kernels, squares whose sum is beyond float32 (3.4e38) are inf.
+            does nothing else if it raises. Squares of a
+            compressed matrix whose sum is beyond float32 (3.4e38) count as inf.
 
     Raises:
         ValueError: an option is out of range, or ``stochastic_rounding`` is on without any bfloat16 parameter.

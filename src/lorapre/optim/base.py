@@ -22,10 +22,11 @@ from lorapre.backends.batches import Bucket, Scratch
 from lorapre.backends.opened import Opened
 from lorapre.backends.rounding import Rounding, rounding_of
 from lorapre.factors import Coefficient, Regressor
-from lorapre.optim.checks import check_options, check_rounding
+from lorapre.optim.checks import check_lr, check_options, check_rounding
 from lorapre.optim.gathering import Alike, by_shape, gathered
 from lorapre.optim.gradients import Item, Verdict, check_gradients, refuse_sparse
 from lorapre.optim.late import LateVerdict, SettlingOptimizer
+from lorapre.optim.options import refuse_changes, refuse_unknown, settings_of
 from lorapre.optim.summary import OptimizerSummary, summarize
 from lorapre.routing import MatrixView, matrix_view, refuse_unsupported, state_dtype_of
 
@@ -130,6 +131,7 @@ class FactoredOptimizer(SettlingOptimizer):
             TypeError: a parameter is complex, sharded or flattened.
         """
         if isinstance(param_group, dict):
+            refuse_unknown(type(self).__name__, param_group, self.defaults, _owners_of)
             self._check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -142,6 +144,25 @@ class FactoredOptimizer(SettlingOptimizer):
             for param in group["params"]:
                 self.state.pop(param, None)
             raise
+        self._remember(group)
+
+    def _remember(self, group: Group) -> None:
+        """Keep the group's options, of which a step takes no others unchecked; no copy and no pickle has them."""
+        self.__dict__.setdefault("_settings", {})[id(group)] = settings_of(group, self.defaults)
+
+    def _check_changes(self) -> None:
+        """Raise ``ValueError`` for an option that was changed since it was last looked at, and must not be so."""
+        known: dict[int, dict[str, Any]] = self.__dict__.setdefault("_settings", {})
+        for group in self.param_groups:
+            before = known.get(id(group), {})
+            if before and all(group[name] == value for name, value in before.items()):
+                if not isinstance(group["lr"], Tensor):
+                    check_lr(group["lr"], group["capturable"])
+                continue
+            self._check_group(group)
+            if before:
+                refuse_changes(type(self).__name__, before, group)
+            self._remember(group)
 
     def _init_momentum(self, param: Tensor, view: MatrixView, group: Group, key: str, name: str) -> dict[str, Tensor]:
         """The factors ``{name}_B`` (zeros) and ``{name}_A`` (random; orthonormal rows unless newton inverts them)."""
@@ -204,6 +225,9 @@ class FactoredOptimizer(SettlingOptimizer):
                 loaded = state["state"].get(param, {})
                 state["state"][param] = self._restore_param_state(param, group, loaded, label)
         super().__setstate__(state)
+        self.__dict__.pop("_settings", None)
+        for group in self.param_groups:
+            self._remember(group)
 
     def _restore_param_state(self, param: Tensor, group: Group, loaded: dict[str, Any], label: str) -> dict[str, Any]:
         expected = self._init_param_state(param.to("meta"), self._view(param, group), group, label)
@@ -248,11 +272,13 @@ class FactoredOptimizer(SettlingOptimizer):
 
         Raises:
             RuntimeError: a gradient is sparse; nothing has changed then.
+            ValueError: an option was set that is out of range, or that the state was made by; nothing has changed then.
             NonFiniteGradientError: a gradient is not finite (see ``nonfinite``), or one was not in the step before
                 (see `settle`); nothing has changed then.
         """
         self.settle()
         self._check_graph_capture()
+        self._check_changes()
         loss = cast("float | None", run_closure(closure))
         items, grads = self._items_with_grad()
         refuse_sparse(type(self).__name__, items, grads)
@@ -273,7 +299,9 @@ class FactoredOptimizer(SettlingOptimizer):
                 dense_of.append((dense, group))
         opened = self._open(work)
         capturable = all(group["capturable"] for group in self.param_groups)
-        answer = check_gradients(type(self).__name__, items, grads, opened, unread=capturable)
+        answer = check_gradients(
+            type(self).__name__, items, grads, opened, unread=capturable, squared=self._squares_in_float32
+        )
         if answer is False:
             return loss
         mask = answer.enabled if isinstance(answer, Verdict) else None
@@ -343,6 +371,13 @@ class FactoredOptimizer(SettlingOptimizer):
 
     # Gradients.
 
+    def _squares_in_float32(self, param: Tensor, group: Group) -> bool:
+        """Whether the step sums squares of this parameter's gradient in float32: of its rows, or of its projections."""
+        if self._view(param, group) is None:
+            return False
+        width = torch.promote_types(self._state_dtype(param, group), param.dtype)
+        return torch.promote_types(width, torch.float32) == torch.float32
+
     def _check_graph_capture(self) -> None:
         """Raise ``RuntimeError`` inside a CUDA graph capture unless every group is ``capturable``."""
         if all(group["capturable"] for group in self.param_groups):
@@ -365,6 +400,15 @@ class FactoredOptimizer(SettlingOptimizer):
                     items.append((label, param, group))
                     grads.append(grad)
         return items, grads
+
+
+def _owners_of(option: str) -> list[str]:
+    """The optimizers of this package that have an option."""
+    classes: list[type] = [FactoredOptimizer]
+    for cls in classes:
+        classes += cls.__subclasses__()
+    own = [cls for cls in classes if cls.__module__.startswith("lorapre.") and "__init__" in vars(cls)]
+    return sorted(cls.__name__ for cls in own if option in inspect.signature(cls).parameters)
 
 
 def run_closure(closure: Callable[[], Any] | None) -> Any:

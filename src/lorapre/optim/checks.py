@@ -10,13 +10,18 @@ from torch import Tensor
 
 from lorapre.routing import check_rank
 
+_FLAGS = ("compress", "bounded", "update_clipping", "nesterov", "stochastic_rounding", "maximize", "capturable")
+
 
 def check_options(group: dict[str, Any]) -> None:
     """Raise ``ValueError`` for an option of any factored optimizer that is out of range."""
-    _check_lr(group["lr"], group["capturable"])
+    check_lr(group["lr"], group["capturable"])
     for name in ("eps", "weight_decay", "scale"):
-        if name in group and not group[name] >= 0:
-            raise ValueError(f"Invalid {name} value: {group[name]}. It must be at least 0.")
+        if name in group and not 0 <= group[name] < float("inf"):
+            raise ValueError(f"Invalid {name} value: {group[name]}. It must be at least 0, and finite.")
+    for name in _FLAGS:
+        if name in group and not isinstance(group[name], bool):
+            raise ValueError(f"Invalid {name}: {group[name]!r}. Give True or False.")
     check_rank(group["rank"])
     check_choice("regression", group["regression"], ("newton", "subspace", "tangent"))
     if group["residual_gain"] is not None and not 0 <= group["residual_gain"] < float("inf"):
@@ -24,9 +29,9 @@ def check_options(group: dict[str, Any]) -> None:
             f"Invalid residual_gain: {group['residual_gain']}. Give a number of at least 0, or None for the "
             "paper's, 1 - beta1."
         )
-    if not group["damping"] > 0:
+    if not 0 < group["damping"] < float("inf"):
         raise ValueError(
-            f"Invalid damping value: {group['damping']}. It must be above 0, or the first step, whose left "
+            f"Invalid damping value: {group['damping']}. It must be above 0 and finite, or the first step, whose left "
             "factor is zero, has no solution."
         )
     check_choice("damping_mode", group["damping_mode"], ("absolute", "relative"))
@@ -39,8 +44,6 @@ def check_options(group: dict[str, Any]) -> None:
         )
     if not isinstance(group["seed"], int) or isinstance(group["seed"], bool):
         raise ValueError(f"Invalid seed value: {group['seed']!r}. It must be an integer.")
-    if not isinstance(group["stochastic_rounding"], bool):
-        raise ValueError(f"Invalid stochastic_rounding: {group['stochastic_rounding']!r}. Give True or False.")
     dtype = group["state_dtype"]
     if dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(
@@ -112,8 +115,9 @@ def check_momentum(momentum: float) -> None:
         raise ValueError(f"Invalid momentum value: {momentum}. It must be in [0, 1).")
 
 
-def _check_lr(lr: float | Tensor, capturable: bool) -> None:
+def check_lr(lr: float | Tensor, capturable: bool) -> None:
+    """Raise ``ValueError`` unless the learning rate is a number of at least 0; a graph's tensor is not read."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"Tensor lr must be 1-element, but it has shape {tuple(lr.shape)}.")
-    if not (isinstance(lr, Tensor) and capturable) and not lr >= 0:
-        raise ValueError(f"Invalid learning rate: {lr}. It must be at least 0.")
+    if not (isinstance(lr, Tensor) and capturable) and not 0 <= lr < float("inf"):
+        raise ValueError(f"Invalid learning rate: {lr}. It must be at least 0, and finite.")

@@ -1,9 +1,10 @@
-"""May this step be taken? Every gradient must be dense and finite."""
+"""May this step be taken? Every gradient must be dense and finite, and a compressed matrix's squares too."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from typing import Any, TypeAlias
@@ -17,10 +18,12 @@ logger = logging.getLogger("lorapre")
 
 #: Label, parameter and group of a parameter that has a gradient.
 Item: TypeAlias = tuple[str, Tensor, dict[str, Any]]
+#: No sum of squares of fewer than 3e14 numbers that are not above this is beyond float32.
+_SMALL = 1e12
 
 
 class NonFiniteGradientError(RuntimeError):
-    """A gradient holds inf or nan and ``nonfinite`` is "raise". The step has changed nothing."""
+    """A gradient holds inf or nan, or its squares do, and ``nonfinite`` is "raise". The step has changed nothing."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Verdict:
         owner: the optimizer's name, for messages.
         items: those whose gradients were looked at, in their order.
         sizes: one number for each of them on one device: its largest magnitude or the sum of its squares, or inf or
-            nan where it is not finite. Of a stack of matrices, one for each.
+            nan where it is not finite or its squares are not. Of a stack of matrices, one for each.
         places: the item of each number.
         enabled: 0-d bool: all of them are finite.
     """
@@ -52,9 +55,15 @@ class Verdict:
 
 
 def check_gradients(
-    owner: str, items: list[Item], grads: list[Tensor], opened: Opened, *, unread: bool
+    owner: str,
+    items: list[Item],
+    grads: list[Tensor],
+    opened: Opened,
+    *,
+    unread: bool,
+    squared: Callable[[Tensor, dict[str, Any]], bool],
 ) -> Verdict | bool:
-    """Whether this step may be taken: every gradient is dense and finite.
+    """Whether this step may be taken: every gradient is dense and finite, and so are its squares where they are summed.
 
     Where kernels take part the answer stays on the device, and the gradients that they have read are not read again.
     Gradients on devices of several types are the exception: a step on the CPU cannot ask a GPU for its mask.
@@ -65,6 +74,7 @@ def check_gradients(
         grads: these gradients. A verdict has none of them, which would live until it is read.
         opened: what has been begun with some of them.
         unread: leave the answer on the device in any case; a graph cannot wait for the host.
+        squared: whether a parameter of a group is one of those whose gradient's squares are summed in float32.
 
     Returns:
         True, or False for a step to be skipped; a verdict that is still to be read where ``unread`` or by kernels.
@@ -78,20 +88,20 @@ def check_gradients(
     if not items:
         return True
     if unread or opened.by_kernels:
-        verdict = _verdict(owner, items, grads, opened)
+        verdict = _verdict(owner, items, grads, opened, squared)
         if unread or len(device_types(grads)) == 1:
             return verdict
         if verdict.enabled:
             return True
         report(owner, verdict.bad(verdict.sizes), "Nothing was changed")
         return False
-    if largest(grads).isfinite().all():
+    if (largest(grads) <= _SMALL).all():
         return True
-    for item, grad in zip(items, grads, strict=True):
-        if not grad.isfinite().all():
-            report(owner, [item], "Nothing was changed")
-            break
-    return False
+    sizes_of, places = _sizes(items, grads, range(len(items)), squared)
+    bad = Verdict(owner, items, torch.cat(sizes_of), places, torch.zeros(())).bad(torch.cat(sizes_of))
+    if bad:
+        report(owner, bad, "Nothing was changed")
+    return not bad
 
 
 def device_types(grads: Iterable[Tensor]) -> set[str]:
@@ -119,12 +129,14 @@ def report(owner: str, bad: Sequence[Item], outcome: str) -> None:
     """
     label, _, group = bad[0]
     if (group["nonfinite"] or ("skip" if group["capturable"] else "raise")) != "raise":
-        logger.warning("%s skips a step: the gradient of parameter %r holds inf or nan", owner, label)
+        logger.warning(
+            "%s skips a step: the gradient of parameter %r holds inf or nan, or its squares do", owner, label
+        )
         return
     others = f" (and those of {len(bad) - 1} more)" if len(bad) > 1 else ""
     raise NonFiniteGradientError(
-        f"{owner}: the gradient of parameter {label!r}{others} holds inf or nan. {outcome}. Look for the overflow, "
-        "clip, or use nonfinite='skip' to leave such steps out."
+        f"{owner}: the gradient of parameter {label!r}{others} holds inf or nan, or its squares do. {outcome}. Look "
+        "for the overflow, clip, or use nonfinite='skip' to leave such steps out."
     )
 
 
@@ -144,15 +156,47 @@ def largest(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([value.to(device, widest) for value in found])
 
 
-def _verdict(owner: str, items: list[Item], grads: list[Tensor], opened: Opened) -> Verdict:
+def _sizes(
+    items: Sequence[Item],
+    grads: Sequence[Tensor],
+    places: Iterable[int],
+    squared: Callable[[Tensor, dict[str, Any]], bool],
+) -> tuple[list[Tensor], list[int]]:
+    """The largest magnitudes of the gradients at ``places``, inf where its square times the numbers overflows float32.
+
+    In one or two parts on the device of one of them, whose items come in the order that is returned.
+    """
+    summed: list[int] = []
+    others: list[int] = []
+    for place in places:
+        _, param, group = items[place]
+        (summed if squared(param, group) else others).append(place)
+    parts = [largest([grads[place] for place in some]) for some in (summed, others) if some]
+    if summed:
+        most = max(grads[place].numel() for place in summed)
+        limit = math.sqrt(torch.finfo(torch.float32).max / most)
+        parts[0] = parts[0].masked_fill(parts[0] > limit, float("inf"))
+    if len({(part.device, part.dtype) for part in parts}) > 1:
+        parts = [part.to(parts[0].device, torch.float64) for part in parts]
+    return parts, summed + others
+
+
+def _verdict(
+    owner: str,
+    items: list[Item],
+    grads: list[Tensor],
+    opened: Opened,
+    squared: Callable[[Tensor, dict[str, Any]], bool],
+) -> Verdict:
     """The sums that ``opened`` has, and the largest magnitude of every gradient that it has not read."""
     device = grads[0].device
     at = {id(param): place for place, (_, param, _) in enumerate(items)}
     sizes, places = [squares.to(device) for squares in opened.squares], [at[id(param)] for param in opened.read]
     unseen = sorted(set(range(len(items))).difference(places))
     if unseen:
-        sizes.append(largest([grads[place] for place in unseen]).to(device))
-        places += unseen
+        parts, order = _sizes(items, grads, unseen, squared)
+        sizes += [part.to(device) for part in parts]
+        places += order
     together = torch.cat(sizes) if len({size.dtype for size in sizes}) == 1 else torch.cat([s.double() for s in sizes])
     # None is negative, and nan is the largest of all.
     return Verdict(owner, items, together, places, together.amax() < float("inf"))

@@ -77,6 +77,8 @@ class LoRAPreSGD(MomentumOptimizer):
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
         check_momentum(group["momentum"])
+        if group["nesterov"] and group["momentum"] == 0:
+            raise ValueError("nesterov=True means nothing with momentum=0. Leave one of them out.")
 
     def _step_piece(self, piece: Piece, group: Group, lr: Coefficient) -> None:
         mu = group["momentum"]

@@ -22,7 +22,7 @@ from lorapre.backends.eager import AdamHyperparameters
 from lorapre.backends.eager_muon import Hyperparameters, MuonHyperparameters
 from lorapre.backends.opened import Opened
 from lorapre.backends.triton import table
-from lorapre.backends.triton.layout import Layouts, place_of
+from lorapre.backends.triton.layout import Layouts, lines, place_of
 
 __all__ = ["Layouts", "cohorts", "installed", "open_step", "supports", "unsupported_option"]
 
@@ -168,7 +168,7 @@ def _unsupported_tensor(bucket: Bucket) -> str | None:
         place = place_of(tensors, view)
         if place is None:
             return f"{what} whose strides differ, or are not those of {view.p} x {view.q} matrices"
-        if max(view.p * place.row + view.q * place.col, table.eights(view.p) * table.eights(view.q)) > _LARGEST_OFFSET:
+        if max(view.p * place.row + view.q * place.col, table.eights(view.p) * lines(view.q)) > _LARGEST_OFFSET:
             return f"{what} of {view.p} x {view.q}, a matrix too large for offsets of 32 bits"
     return None
 

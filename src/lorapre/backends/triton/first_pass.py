@@ -137,9 +137,9 @@ def project(
             mask=(ranks < R)[:, None] & (cols < q)[None, :],
             other=0.0,
         ).to(tl.float32)
-        if NEGATE:
-            g = -g
         wide = g.to(tl.float32)
+        if NEGATE:
+            wide = -wide
         total = tl.dot(wide, tl.trans(a), total, input_precision=PRECISION)
         square = wide * wide
         squares += square
