@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer.rich_utils
@@ -20,6 +20,12 @@ from lorapre.lab.finetune.methods import LORAPLUS_RATIO, METHODS, PRETRAINED_LR
 from lorapre.lab.finetune.presets import PRESETS
 from lorapre.lab.finetune.tiny import tiny_model, tiny_tokenizer
 from lorapre.lab.optimizers import OPTIMIZERS
+
+
+def leaves(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    inner = get_args(annotation)
+    return set().union(*map(leaves, inner)) if inner else {annotation}
 
 
 def test_every_optimizer_that_keeps_the_weights_is_a_method_and_adapters_are_too() -> None:
@@ -62,6 +68,28 @@ def test_options_that_do_not_fit_are_refused_before_anything_is_made(
     assert outcome.code == 2, outcome
     assert words in outcome.message
     assert tree(own) == before
+
+
+#: What 0 means something to; every other number is at least one, or above 0.
+ZERO = {"dropout", "beta1", "beta2", "weight_decay", "max_grad_norm", "warmup", "min_lr_ratio", "answers", "seed"}
+NUMBERS = [name for name, field in FinetuneConfig.model_fields.items() if {int, float} & leaves(field.annotation)]
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("name", NUMBERS)
+def test_an_option_of_0_is_taken_or_refused_and_never_passed_over(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    taken: list[FinetuneConfig] = []
+    monkeypatch.setattr("lorapre.lab.finetune.report.print_dry_run", lambda config, _: taken.append(config))
+    outcome = finetune(capsys, "--dry-run", *options(**{name: 0}))
+    if name in ZERO:
+        assert outcome.code == 0
+        assert getattr(taken[0], name) == 0
+        assert name in taken[0].model_fields_set
+    else:
+        assert outcome.code == 2
+        assert f"{option_name(name)} 0" in outcome.message
 
 
 def test_cut_answers_are_counted_in_the_summary_and_said(own: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from _lab import cut_before_step, options, records, summary, timeless, tree
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lorapre.lab.config import option_name
 from lorapre.lab.finetune.config import FinetuneConfig
 from lorapre.lab.finetune.methods import METHODS
 from lorapre.lab.finetune.tiny import tiny_model, tiny_tokenizer
@@ -78,6 +79,15 @@ def test_a_resumed_run_refuses_other_options_and_other_data(own: Path, capsys: p
     refused = finetune(capsys, "--resume", "--out", "run", "--lr", "0.5")
     assert refused.code == 2
     assert "--lr 0.5: the run in run began with None" in refused.message
+    for name in ("warmup", "max_grad_norm"):
+        refused = finetune(capsys, "--resume", "--out", "run", *options(**{name: 0}))
+        assert refused.code == 2
+        assert (
+            f"{option_name(name)} 0.0: the run in run began with {getattr(FinetuneConfig(), name)}" in refused.message
+        )
+    refused = finetune(capsys, "--resume", "--out", "run", "--epochs", "3")
+    assert refused.code == 2
+    assert "--epochs 3.0: the run in run began with --steps 7, and a resumed run keeps its" in refused.message
     write_lines(own / "own.jsonl", [{**pair, "response": "changed"} for pair in pairs()])
     before = tree(own)
     refused = finetune(capsys, "--resume", "--out", "run")
@@ -145,6 +155,12 @@ def test_an_adapter_folder_opens_in_peft_from_anywhere_and_merges_to_the_same_lo
 def test_a_finished_adapter_is_merged_on_demand_once(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert finetune(capsys, *options(**SHORT, method="lora"), "--out", "run").code == 0
     before = tree(own / "run")
+    others = {"--dry-run": [], "--preset": ["metamath-llama2-7b"], "--config": ["run/config.yaml"]}
+    for name, value in others.items():
+        refused = finetune(capsys, "--merge", "--out", "run", name, *value)
+        assert refused.code == 2
+        assert f"{name}: --merge --out run merges the adapter of the finished run there" in refused.message
+    assert tree(own / "run") == before
     assert finetune(capsys, "--merge", "--out", "run").code == 0
     after = tree(own / "run")
     assert {name: after[name] for name in before} == before
@@ -158,6 +174,19 @@ def test_a_finished_adapter_is_merged_on_demand_once(own: Path, capsys: pytest.C
     assert lost.code == 2
     assert "base model" in lost.message
     assert not (own / "run" / "merged").exists()
+
+
+def test_merging_an_interrupted_run_names_the_command_that_finishes_it(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with cut_before_step(6):
+        assert finetune(capsys, *options(**SHORT, method="lora"), "--out", "run").code == 130
+    refused = finetune(capsys, "--merge", "--out", "run")
+    assert refused.code == 2
+    assert "--merge --out run: the run there is unfinished" in refused.message
+    assert "`lorapre finetune --resume --merge --out run`" in refused.message
+    assert finetune(capsys, "--resume", "--merge", "--out", "run").code == 0
+    assert (own / "run" / "merged").exists()
 
 
 def test_merging_weights_that_have_no_adapter_is_refused_before_training(

@@ -131,12 +131,12 @@ def finetune(
     from lorapre.lab.finetune import job
     from lorapre.lab.finetune.config import build_finetune_config
     from lorapre.lab.finetune.report import print_dry_run, print_summary
-    from lorapre.lab.finetune.saving import merge_adapter
     from lorapre.lab.pretrain import default_out
 
     console = opt.standard_output()
-    if merge and out is not None and job.run_folder(out).summary.exists() and set(options) == {"merge"} and not resume:
-        console.print(f"merged model: {merge_adapter(job.run_folder(out))}", soft_wrap=True, markup=False)
+    if out is not None and set(options) == {"merge"} and not resume and job.run_folder(out).config.exists():
+        merged = _merged(out, {"--preset": preset, "--config": config, "--dry-run": dry_run})
+        console.print(f"merged model: {merged}", soft_wrap=True, markup=False)
         return
     if resume:
         wanted = _resumed(out, options, preset, config)
@@ -154,7 +154,12 @@ def finetune(
 def _given(values: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, from the command's ``locals()``."""
     own = {"settings", "preset", "config", "out", "resume", "dry_run", "rank"}
-    options = {name: value for name, value in values.items() if name not in own and value not in (None, [], False)}
+    # By identity: 0 equals False, and is a value.
+    options = {
+        name: value
+        for name, value in values.items()
+        if name not in own and value is not None and value is not False and value != []
+    }
     # False is something to say of those whose default is not.
     options |= {name: values[name] for name in _FLAGS if values[name] is not None}
     if values["rank"] is not None:
@@ -163,6 +168,8 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 
 _FLAGS = ("packing", "learn_prompts", "bf16", "checkpointing")
+#: Two ways to give the length of a run, of which the configuration takes one.
+_LENGTHS = ("steps", "epochs")
 
 
 def _need_packages() -> None:
@@ -174,6 +181,26 @@ def _need_packages() -> None:
             f"lorapre finetune: needs the package {error.name}, which is not installed. Install what it takes: pip "
             "install 'lorapre[finetune]'."
         ) from None
+
+
+def _merged(out: Path, others: dict[str, Any]) -> Path:
+    """The merged model of the finished run in ``out``; ``others`` are options that mean nothing to that."""
+    from lorapre.lab.finetune.job import run_folder
+    from lorapre.lab.finetune.saving import merge_adapter
+
+    folder = run_folder(out)
+    if not folder.summary.exists():
+        raise UserError(
+            f"--merge --out {out}: the run there is unfinished. Finish and merge it with `lorapre finetune --resume "
+            f"--merge --out {out}`, or give another --out to start one."
+        )
+    given = [name for name, value in others.items() if value]
+    if given:
+        raise UserError(
+            f"{' '.join(given)}: --merge --out {out} merges the adapter of the finished run there, which has its own "
+            "options. Leave the others out, or give another --out to start a run."
+        )
+    return merge_adapter(folder)
 
 
 def _resumed(out: Path | None, options: dict[str, Any], preset: str | None, config: Path | None) -> Any:
@@ -190,12 +217,17 @@ def _resumed(out: Path | None, options: dict[str, Any], preset: str | None, conf
     settings = load_resumable(out)
     given = read_options(find_method(settings).entry, options.get("options", {}))
     before = settings.model_dump(exclude_none=True)
+    lengths = {name: before.pop(name) for name in _LENGTHS if name in before}
+    if not options.keys() & set(_LENGTHS):
+        before |= lengths
     wanted = build_finetune_config(before | options | {"options": {**settings.options, **given}})
     for name in options:
         old, new = getattr(settings, name), getattr(wanted, name)
         if old != new and name != "merge":
+            # The length of a run may have been given by the other of two options.
+            began = [f"{option_name(length)} {value}" for length, value in lengths.items() if name in _LENGTHS]
             raise UserError(
-                f"{option_name(name)} {new}: the run in {out} began with {old}, and a resumed run keeps its options. "
-                "Leave it out, or start a new run with another --out."
+                f"{option_name(name)} {new}: the run in {out} began with {''.join(began) or old}, and a resumed run "
+                "keeps its options. Leave it out, or start a new run with another --out."
             )
     return settings.model_copy(update={"merge": wanted.merge})
