@@ -28,6 +28,12 @@ def test_gsm8k_has_its_answer_after_the_hashes_without_commas(tmp_path: Path) ->
     assert items[3].question == "And 1,000 twice?"
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", gsm8k_records())
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [item.gold for item in read_items(GSM8K, str(path), None)] == ["5", "14", "3", "2000", "7"]
+
+
 def test_math500_has_its_answer_as_latex_and_labels(tmp_path: Path) -> None:
     (item,) = read_items(MATH, str(write_jsonl(tmp_path / "d.jsonl", [math_record()])), None)
     assert (item.id, item.question, item.gold) == ("test/algebra/1.json", "What is $1/2$?", "\\frac{1}{2}")
@@ -89,6 +95,16 @@ BAD: dict[str, tuple[str, Callable[[Path], object], list[str]]] = {
     "an empty LaTeX answer": ("math500", math_with(math_record(answer="", unique_id="2")), ["line 2", "'answer'"]),
     "one question twice": ("math500", math_with(math_record()), ["line 2", "unique_id", "line 1"]),
     "a level that is no number": ("math500", math_with(math_record(level=None)), ["line 2", "'level' is None"]),
+    "half of a character": (
+        "gsm8k",
+        gsm8k_with({"question": "\ud83d?", "answer": "#### 5"}),
+        ["line 6", "'question' has half of a character at place 1", "\\ud83d"],
+    ),
+    "a nest without end": (
+        "gsm8k",
+        lambda path: path.write_text('{"question": ' + "[" * 100_000),
+        ["line 1", "nested too deeply"],
+    ),
     "no record": ("gsm8k", lambda path: path.write_text("\n\n"), ["no record"]),
     "bytes that are no text": ("gsm8k", lambda path: path.write_bytes(b"{\xff}"), ["UTF-8", "byte 1"]),
     "no file": ("gsm8k", lambda path: None, ["cannot be read", "No such file"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from _finetune import finetune, pairs, write_lines
-from _lab import tree
+from _lab import summary, tree
 
 from lorapre.lab.errors import UserError
 from lorapre.lab.finetune import data as data_module
@@ -56,6 +57,15 @@ BAD = {
     "an empty message": (said(USER, {"role": "assistant", "content": ""}), "message 2: 'content' is empty"),
     "no role": (said({"content": "s"}), "message 1: there is no field 'role'"),
     "a text for a message": (said("hello"), "message 1: there is no field 'role'"),
+    "half of a character": (
+        '{"prompt": "so \\ud83d", "response": "that"}',
+        "'prompt' has half of a character at place 4, '\\ud83d'",
+    ),
+    "half of a character in a message": (
+        said(USER, {"role": "assistant", "content": "\ud83d"}),
+        "message 2: 'content' has half",
+    ),
+    "a nest without end": ('{"prompt": ' + "[" * 100_000, "is nested too deeply to be read"),
 }
 
 
@@ -69,7 +79,9 @@ def test_bad_data_is_refused_with_file_and_line(tmp_path: Path, kind: str) -> No
     assert words in str(refused.value)
 
 
-@pytest.mark.parametrize("kind", ["truncated JSON", "a missing field", "an empty answer", "two questions"])
+@pytest.mark.parametrize(
+    "kind", ["truncated JSON", "a missing field", "an empty answer", "two questions", "half of a character"]
+)
 def test_the_command_refuses_bad_data_before_it_trains_and_leaves_everything_as_it_was(
     here: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
@@ -106,6 +118,26 @@ def test_a_bad_element_of_a_json_array_is_named_by_its_line(tmp_path: Path) -> N
         load_examples(FinetuneConfig(data="metamathqa", data_files=[str(path)]))
     path.write_text(json.dumps([good])[:-1])
     with pytest.raises(UserError, match=r"line 1: no comma or \] follows"):
+        load_examples(FinetuneConfig(data="metamathqa", data_files=[str(path)]))
+
+
+@pytest.mark.parametrize(
+    ("more", "line", "shown"),
+    [('[{"query": "q"}]', 4, '\'[{"query": "q"}]\''), ("the end\nof it", 4, "'the end'"), ("]", 4, "']'")],
+    ids=["another array", "text", "a bracket"],
+)
+def test_what_follows_a_json_array_is_refused(tmp_path: Path, more: str, line: int, shown: str) -> None:
+    path = tmp_path / "two.json"
+    path.write_text('[\n{"query": "q", "response": "a"}]\n\n' + more)
+    with pytest.raises(UserError) as refused:
+        load_examples(FinetuneConfig(data="metamathqa", data_files=[str(path)]))
+    assert str(refused.value).startswith(f"{path}, line {line}: the array has ended, and something follows: {shown}.")
+
+
+def test_an_element_of_a_json_array_that_is_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "deep.json"
+    path.write_text('[\n{"query": ' + "[" * 100_000)
+    with pytest.raises(UserError, match="line 2: an object of the array begins here, and is nested too deeply"):
         load_examples(FinetuneConfig(data="metamathqa", data_files=[str(path)]))
 
 
@@ -196,13 +228,36 @@ def test_each_format_is_read_as_the_hub_gives_it(tmp_path: Path, monkeypatch: py
     pq.write_table(pa.Table.from_pylist(records[held:]), repository / "train-00000-of-00001.parquet")
     if form.valid_split:
         pq.write_table(pa.Table.from_pylist(records[:held]), repository / f"{form.valid_split}-00000-of-00001.parquet")
-    local = formats.Format(name, form.template, form.read, str(repository), None, form.valid_split, form.final)
+    local = replace(form, repository=str(repository), configuration=None)
     monkeypatch.setattr(data_module, "FORMATS", {name: local})
     loaded = load_examples(FinetuneConfig(data=name))
     check_read(loaded, name)
     if form.valid_split:
         assert len(loaded.valid) == held
         assert {example.answer for example in loaded.valid} == {record["answer"] for record in records[:held]}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_of_the_hub_without_an_answer_are_left_out_and_counted_and_those_of_a_file_are_refused(
+    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    field, valid_split = formats.FORMATS[name].answer, formats.FORMATS[name].valid_split
+    records = [{**record, field: {3: "", 7: " \n"}.get(i, record[field])} for i, record in enumerate(made(name, 30))]
+    monkeypatch.setattr(data_module.datasets, "load_dataset", lambda *_, **__: records)
+    given = ["--data", name, "--steps", "1", "--max-length", "64"]
+    outcome = finetune(capsys, *given, "--out", "run")
+    assert outcome.code == 0
+    missing = 2 if valid_split is None else 4
+    assert f"Warning: --data {name}: the hub has {missing} records without an answer there" in outcome.out
+    facts = summary(here / "run")
+    assert facts["data"].endswith(f" held out, {missing} without an answer left out)")
+    assert facts["examples"]["train"] + facts["examples"]["valid"] == (28 if valid_split is None else 56)
+    provenance = json.loads((here / "run" / "provenance.json").read_text())
+    assert facts["data"] in json.dumps(provenance)
+    write_lines(here / "local.jsonl", records)
+    refused = finetune(capsys, *given, "--data-files", "local.jsonl", "--out", "other")
+    assert refused.code == 2
+    assert f"local.jsonl, line 4: '{field}' is empty" in refused.message
 
 
 def test_a_hub_that_cannot_be_reached_is_a_paragraph_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +292,30 @@ def test_held_out_examples_share_no_original_question_and_do_not_depend_on_the_o
         assert (len(loaded.train), len(loaded.valid)) == (54, 6)
         sides.append([[example.messages for example in side] for side in (loaded.train, loaded.valid)])
     assert sides[0] == sides[1]
+
+
+@pytest.mark.parametrize("valid_examples", [200, 20])
+def test_a_prompt_that_occurs_too_often_to_be_held_out_is_trained_on_and_nothing_is_lost(
+    tmp_path: Path, valid_examples: int
+) -> None:
+    often = [{"prompt": "the same", "response": str(i)} for i in range(500)]
+    path = write_lines(tmp_path / "own.jsonl", [*often, *pairs(500)])
+    loaded = load_examples(FinetuneConfig(data=str(path), valid_examples=valid_examples))
+    held = min(valid_examples, 100)  # a tenth
+    assert (len(loaded.train), len(loaded.valid)) == (1000 - held, held)
+    assert "the same" not in {example.key for example in loaded.valid}
+
+
+def test_where_every_prompt_occurs_too_often_the_remedy_is_named(tmp_path: Path) -> None:
+    records = [{"prompt": f"prompt {i % 5}", "response": str(i)} for i in range(40)]
+    path = write_lines(tmp_path / "own.jsonl", records)
+    with pytest.raises(UserError) as refused:
+        load_examples(FinetuneConfig(data=str(path)))
+    assert f"--data {path}: prompts repeat, each at least 8 times" in str(refused.value)
+    assert "4 of 40 examples may be. Give examples to validate on with --valid-data" in str(refused.value)
+    valid = write_lines(tmp_path / "valid.jsonl", pairs(3))
+    loaded = load_examples(FinetuneConfig(data=str(path), valid_data=[str(valid)]))
+    assert (len(loaded.train), len(loaded.valid)) == (40, 3)
 
 
 def test_max_examples_takes_a_part_that_the_seed_decides(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import datasets
 
 from lorapre.lab.errors import UserError
+from lorapre.lab.text import broken_character
 
 #: How an answer is written: after ``#### ``, or in the last ``\boxed{...}``.
 Marking = Literal["hashes", "boxed"]
@@ -122,6 +123,8 @@ def _checked(task: Task, record: Any, position: int, where: str) -> Item:
         if not number and (not isinstance(value, str) or not value.strip()):
             shown = "is empty" if isinstance(value, str) else f"is {value!r}, not text"
             raise UserError(f"{where}: its field {name!r} {shown}. Correct it, or take the record out.")
+        if isinstance(value, str) and (broken := broken_character(value)):
+            raise UserError(f"{where}: its field {name!r} {broken}. Correct it, or take the record out.")
     try:
         return task.item(record, position)
     except ValueError as error:
@@ -132,7 +135,7 @@ def _file_records(path: Path, task: Task) -> Iterator[tuple[str, Any]]:
     if path.is_dir():
         raise UserError(f"--data {path}: is a folder. Give one .jsonl file with the records of {task.name}.")
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"--data {path}: cannot be read ({error.strerror}). Give an existing .jsonl file.") from None
     except UnicodeDecodeError as error:
@@ -148,6 +151,8 @@ def _file_records(path: Path, task: Task) -> Iterator[tuple[str, Any]]:
                 f"{where}: is not valid JSON ({error.msg}, column {error.colno}), as a line that was cut short. Each "
                 "line is one whole record; copy the file again."
             ) from None
+        except RecursionError:
+            raise UserError(f"{where}: is nested too deeply to be read. Take the line out.") from None
 
 
 def _hub_records(task: Task) -> Iterable[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,21 @@ from lorapre.lab.finetune.tiny import additions
 
 @dataclass(frozen=True)
 class Examples:
-    """Both sides of the data; ``description`` names them in reports."""
+    """Both sides of the data.
+
+    Attributes:
+        train: to learn.
+        valid: held out.
+        form: of the records.
+        description: names both sides in reports.
+        unanswered: records of the hub without an answer, which are left out.
+    """
 
     train: list[Example]
     valid: list[Example]
     form: Format
     description: str
+    unanswered: int = 0
 
 
 def data_format(config: FinetuneConfig) -> Format:
@@ -73,14 +83,15 @@ def load_examples(config: FinetuneConfig) -> Examples:
         UserError: something in the data is wrong, or there is too little of it.
     """
     form = data_format(config)
-    found, place = _train_examples(config, form)
+    found, place, unanswered = _train_examples(config, form)
     if config.valid_data:
         valid = [example for path in expand_files(config.valid_data, "--valid-data") for example in _file(path, form)]
         train = found
     elif reads_hub(config) and form.valid_split is not None:
-        train, valid = found, _hub(form, form.valid_split)
+        valid, more = _hub(form, form.valid_split)
+        train, unanswered = found, unanswered + more
     else:
-        train, valid = _split(found, config)
+        train, valid = _split(found, config, place)
     train = _ordered(train, f"train {config.seed}")[: config.max_examples]
     valid = _ordered(valid, "valid")[: config.valid_examples]
     if not train or not valid:
@@ -89,19 +100,22 @@ def load_examples(config: FinetuneConfig) -> Examples:
             f"{place}: of {len(found)} examples none is left for {side}. Give more data, or hold fewer out with "
             "--valid-examples."
         )
-    description = f"{config.data} ({len(train):,} examples, {len(valid):,} held out)"
-    return Examples(train, valid, form, description)
+    left_out = f", {unanswered:,} without an answer left out" if unanswered else ""
+    description = f"{config.data} ({len(train):,} examples, {len(valid):,} held out{left_out})"
+    return Examples(train, valid, form, description, unanswered)
 
 
-def _train_examples(config: FinetuneConfig, form: Format) -> tuple[list[Example], str]:
+def _train_examples(config: FinetuneConfig, form: Format) -> tuple[list[Example], str, int]:
+    """The examples, where they are from, and how many records are left out."""
     if config.data == ARITHMETIC:
-        return additions(), "--data arithmetic"
+        return additions(), "--data arithmetic", 0
     if reads_hub(config):
-        return _hub(form, "train"), f"--data {config.data}"
+        examples, unanswered = _hub(form, "train")
+        return examples, f"--data {config.data}", unanswered
     option = "--data-files" if config.data_files else "--data"
     patterns = config.data_files or [config.data]
     examples = [example for path in expand_files(patterns, option) for example in _file(path, form)]
-    return examples, f"{option} {' '.join(patterns)}"
+    return examples, f"{option} {' '.join(patterns)}", 0
 
 
 def _file(path: Path, form: Format) -> list[Example]:
@@ -111,7 +125,8 @@ def _file(path: Path, form: Format) -> list[Example]:
     return examples
 
 
-def _hub(form: Format, split: str) -> list[Example]:
+def _hub(form: Format, split: str) -> tuple[list[Example], int]:
+    """The examples of a split, and how many of its records have no answer, which nobody here can fill in."""
     place = f"{form.repository}, split {split}"
     try:
         rows: Any = datasets.load_dataset(form.repository, form.configuration, split=split)
@@ -120,7 +135,14 @@ def _hub(form: Format, split: str) -> list[Example]:
             f"--data {form.name}: {place} cannot be loaded ({first_line(error)}). Check the connection, or give its "
             "files with --data-files."
         ) from error
-    return read_examples(_rows(rows, place), form)
+    examples, unanswered = [], 0
+    for record in _rows(rows, place):
+        answer = record.fields.get(form.answer)
+        if isinstance(answer, str) and not answer.strip():
+            unanswered += 1
+        else:
+            examples.append(form.read(record))
+    return examples, unanswered
 
 
 def _rows(rows: Any, place: str) -> Iterator[Record]:
@@ -137,18 +159,25 @@ def _ordered(examples: list[Example], salt: str) -> list[Example]:
     return sorted(examples, key=lambda example: _digest(f"{salt}\n{json.dumps(example.messages)}"))
 
 
-def _split(examples: list[Example], config: FinetuneConfig) -> tuple[list[Example], list[Example]]:
-    """At most ``valid_examples`` and a tenth are held out, by whole keys."""
+def _split(examples: list[Example], config: FinetuneConfig, place: str) -> tuple[list[Example], list[Example]]:
+    """At most ``valid_examples`` and a tenth are held out, by whole keys: one that is too large for that is trained on.
+
+    Raises:
+        UserError: all keys are too large.
+    """
     wanted = min(config.valid_examples, max(1, len(examples) // 10))
-    counts: dict[str, int] = {}
-    for example in examples:
-        counts[example.key] = counts.get(example.key, 0) + 1
-    held, count = set(), 0
+    counts = Counter(example.key for example in examples)
+    rarest = min(counts.values(), default=0)
+    if rarest > wanted:
+        raise UserError(
+            f"{place}: prompts repeat, each at least {rarest} times, so that none can be held out whole where {wanted} "
+            f"of {len(examples)} examples may be. Give examples to validate on with --valid-data."
+        )
+    held = set()
     for key in sorted(counts, key=lambda key: _digest(f"held out\n{key}")):
-        if count >= wanted:
-            break
-        held.add(key)
-        count += counts[key]
+        if counts[key] <= wanted:
+            held.add(key)
+            wanted -= counts[key]
     return (
         [example for example in examples if example.key not in held],
         [example for example in examples if example.key in held],

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lorapre.lab.errors import UserError
 from lorapre.lab.finetune.records import Record
+from lorapre.lab.text import broken_character
 
 Message = dict[str, str]
 
@@ -54,6 +55,7 @@ class Format:
         configuration: of the repository.
         valid_split: of the repository, where there is one.
         final: what is compared of an answer and its reference; empty where an answer does not have it.
+        answer: field of an answer on the hub.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Format:
     configuration: str | None = None
     valid_split: str | None = None
     final: Callable[[str], str] = _whole
+    answer: str = "response"
 
 
 def _text(record: Record, field: str, *, may_be_empty: bool = False) -> str:
@@ -74,6 +77,8 @@ def _text(record: Record, field: str, *, may_be_empty: bool = False) -> str:
         raise UserError(f"{record.where}: {field!r} is a {type(value).__name__}, not a text. Write it as a string.")
     if not value.strip() and not may_be_empty:
         raise UserError(f"{record.where}: {field!r} is empty. Fill it, or remove the record.")
+    if broken := broken_character(value):
+        raise UserError(f"{record.where}: {field!r} {broken}. Correct it, or remove the record.")
     return value
 
 
@@ -149,8 +154,8 @@ FORMATS: Mapping[str, Format] = {
     one.name: one
     for one in (
         Format("metamathqa", "qa", _metamathqa, "meta-math/MetaMathQA", final=_after("The answer is:")),
-        Format("gsm8k", "qa", _gsm8k, "openai/gsm8k", "main", "test", final=_after("####")),
-        Format("alpaca", "alpaca", _alpaca, "tatsu-lab/alpaca"),
+        Format("gsm8k", "qa", _gsm8k, "openai/gsm8k", "main", "test", final=_after("####"), answer="answer"),
+        Format("alpaca", "alpaca", _alpaca, "tatsu-lab/alpaca", answer="output"),
     )
 }
 #: Of a JSON lines file that ``--data`` names.

@@ -133,6 +133,11 @@ def load_data(plan: Plan) -> Data:
         )
     sides = []
     warnings = []
+    if examples.unanswered:
+        warnings.append(
+            f"--data {config.data}: the hub has {examples.unanswered:,} records without an answer there. They are left "
+            "out."
+        )
     for name, side in (("training", examples.train), ("validation", examples.valid)):
         encoded = encode(
             side, template, tokenizer, max_length=config.max_length, completion_only=not config.learn_prompts

@@ -75,6 +75,8 @@ def _lines(path: Path, text: str) -> Iterator[Record]:
                 f"{where}: is not valid JSON ({error.msg} at column {error.colno}): {_start(line)}. Complete or remove "
                 "the line; each must hold one whole object."
             ) from None
+        except RecursionError:
+            raise UserError(f"{where}: is nested too deeply to be read. Remove the line.") from None
         yield _object(value, where)
 
 
@@ -93,12 +95,23 @@ def _array(path: Path, text: str) -> Iterator[Record]:
                 f"{where}: an object of the array begins here, and is not valid JSON ({error.msg} at line "
                 f"{error.lineno}). Complete or remove it."
             ) from None
+        except RecursionError:
+            raise UserError(
+                f"{where}: an object of the array begins here, and is nested too deeply to be read. Remove it."
+            ) from None
         yield _object(value, where)
         position = _skip(text, position)
         if text.startswith(",", position):
             position = _skip(text, position + 1)
         elif not text.startswith("]", position):
             raise UserError(f"{where}: no comma or ] follows the object that begins here. Is the file complete?")
+    rest = _skip(text, position + 1)
+    if rest < len(text):
+        line = 1 + text.count("\n", 0, rest)
+        raise UserError(
+            f"{path}, line {line}: the array has ended, and something follows: {_start(text[rest:].splitlines()[0])}. "
+            "Make it one array, or a file of JSON lines."
+        )
 
 
 def _skip(text: str, position: int) -> int:
