@@ -149,6 +149,13 @@ def test_other_options_data_or_weights_are_refused_in_a_folder_that_has_begun(pl
     before = tree(place / "out")
     outcome = evaluate(capsys, *arguments("out", "--seed", 3))
     assert (outcome.code, "--seed 3" in outcome.message) == (2, True)
+    shutil.copytree(place / "model", place / "other")
+    outcome = evaluate(capsys, *arguments("out", model="other"))
+    assert (outcome.code, "MODEL other: the evaluation in out began with model." in outcome.message) == (2, True)
+    shutil.copy(place / "gsm8k.jsonl", place / "moved.jsonl")
+    outcome = evaluate(capsys, "model", "--tasks", "gsm8k", "--data", "moved.jsonl", *arguments("out")[5:])
+    words = "--data gsm8k=moved.jsonl: the evaluation in out began with gsm8k=gsm8k.jsonl."
+    assert (outcome.code, words in outcome.message) == (2, True)
     write_jsonl(place / "gsm8k.jsonl", gsm8k_records()[::-1])
     outcome = evaluate(capsys, *arguments("out"))
     assert (outcome.code, "the data of gsm8k" in outcome.message) == (2, True)
@@ -202,6 +209,8 @@ def test_two_tasks_with_a_second_opinion_of_lm_eval(place: Path, capsys: Any) ->
     [
         (["--tasks", "gsm8k,aime"], ["--tasks aime", "gsm8k, math500"]),
         (["--tasks", "gsm8k,gsm8k"], ["twice"]),
+        (["--tasks", ""], ["--tasks '': names no task. Choose among gsm8k, math500"]),
+        (["--tasks", " ,"], ["--tasks ' ,': names no task"]),
         (["--tasks", "gsm8k,math500"], ["--data gsm8k.jsonl", "TASK=FILE"]),
         (["--data", "math500=x.jsonl"], ["--tasks does not name math500"]),
         (["--batch-size", 0], ["--batch-size 0", "greater than or equal to 1"]),
@@ -219,6 +228,12 @@ def test_options_that_do_not_fit_are_refused(change: list[Any], words: list[str]
     for word in words:
         assert word in outcome.message
     assert not (place / "out").exists()
+
+
+@pytest.mark.usefixtures("place")
+def test_an_empty_name_of_a_model_is_refused(capsys: Any) -> None:
+    outcome = evaluate(capsys, *arguments("out", model=""))
+    assert (outcome.code, "MODEL '': is empty" in outcome.message) == (2, True)
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(place: Path, capsys: Any) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import peft
 import pytest
 import torch
 from _evaluate import byte_tokenizer, random_llama
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lorapre.lab.evaluate.generation import Completion, Decoding, _Noise, complete
+from lorapre.lab.finetune.evaluation import Question, exact_match
 
 PROMPTS = [
     "A question?",
@@ -154,6 +156,20 @@ def test_the_models_own_generation_settings_do_not_apply(
     model.generation_config.update(repetition_penalty=5.0, do_sample=True, temperature=3.0, max_length=40)
     assert complete(model, tokenizer, PROMPTS, SEEDS, GREEDY) == expected
     assert model.generation_config.repetition_penalty == 5.0
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter", "adapter of no task"])
+def test_they_do_not_apply_to_the_answers_that_finetune_counts_either(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, kind: str
+) -> None:
+    answers = [tokenizer.decode(tokens_of(model, tokenizer, prompt, 24, {0})) for prompt in PROMPTS]
+    asked = [Question(tokenizer(p)["input_ids"], answer) for p, answer in zip(PROMPTS, answers, strict=True)]
+    model.generation_config.update(repetition_penalty=5.0, num_beams=3, min_new_tokens=24)
+    settings = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM" if kind == "adapter" else None)
+    asking: Any = model if kind == "model" else peft.get_peft_model(model, settings)
+    assert exact_match(asking, tokenizer, asked, str, 24) == 1
+    for one in (asking, model):
+        assert one.generation_config.repetition_penalty == 5.0
 
 
 def test_a_stop_string_that_is_a_special_token_ends_an_answer(model: LlamaForCausalLM) -> None:

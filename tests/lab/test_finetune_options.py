@@ -45,6 +45,16 @@ def test_every_optimizer_that_keeps_the_weights_is_a_method_and_adapters_are_too
         ({"alpha": 16}, "--alpha: is an adapter's, and --method lorapre-adamw trains all weights"),
         ({"loraplus_ratio": 4}, "--loraplus-ratio 4.0: is for --method lora+ alone"),
         ({"method": "lora", "target_modules": "nothing"}, "--target-modules nothing"),
+        (
+            {"method": "lora", "target_modules": ["q_proj", "v_prj"]},
+            "--target-modules v_prj: the model has no such module. Choose among embed_tokens, q_proj, k_proj, v_proj",
+        ),
+        ({"method": "lora", "target_modules": ["q_proj", "proj"]}, "--target-modules proj: the model has no such"),
+        *(
+            ({"method": name, "dense_lr": 0.1}, f"--dense-lr 0.1: --method {name} trains an adapter alone, at --lr")
+            for name, method in METHODS.items()
+            if method.adapter is not None
+        ),
         ({"method": "lora", "set": "beta=1"}, "--set: --method lora takes no options"),
         ({"rank": 64}, "--rank 64: no matrix of --model tiny has a smaller side above it"),
         ({"set": "second_moment=half"}, "--set second_moment=half"),
@@ -281,3 +291,30 @@ def test_lorapre_moves_its_bases_in_every_step_of_a_fine_tuning_unless_told_othe
     assert build_finetune_config(given).options == given["options"]
     assert build_finetune_config({"method": "lora"}).options == {}
     assert build_finetune_config({}, preset="metamath-llama2-7b").options == {}
+
+
+def test_a_recorded_run_is_repeated_by_another_method_without_the_options_of_its_own(
+    own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorapre.lab.finetune.config import build_finetune_config
+
+    file = own / "run.yaml"
+    file.write_text(build_finetune_config({"options": {"scale": 0.5}}).to_yaml())
+    assert finetune(capsys, "--config", "run.yaml", "--method", "lora", "--dry-run").code == 0
+    merged = {
+        "lora": {},
+        "lorapre-muon": {},
+        "lorapre-adamw": {"sweep_interval": 1, "scale": 0.5},
+    }
+    for name, expected in merged.items():
+        assert build_finetune_config({"method": name}, config_file=file).options == expected
+    set_too = build_finetune_config({"method": "lorapre-muon", "options": {"nesterov": False}}, config_file=file)
+    assert set_too.options == {"nesterov": False}
+    assert build_finetune_config({"options": {"scale": 1.0}}, config_file=file).options == {
+        "sweep_interval": 1,
+        "scale": 1.0,
+    }
+    file.write_text("method: full-adamw\noptions: {eps: 1.0e-6}\n")
+    assert build_finetune_config({"method": "adamw"}, config_file=file).options == {"eps": 1e-6}
+    file.write_text("options: {scale: 0.5}\n")  # of whatever method
+    assert build_finetune_config({"method": "lorapre-muon"}, config_file=file).options == {"scale": 0.5}

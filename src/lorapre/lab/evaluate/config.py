@@ -65,6 +65,10 @@ def build_evaluate_config(given: Mapping[str, Any], tasks: str, data: Sequence[s
         UserError: a value is out of range, there is no such task, or a file's task cannot be told.
     """
     names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--tasks {tasks!r}: names no task. Choose among {', '.join(TASKS)}, or leave it out for both.")
+    if not given["model"]:
+        raise UserError("MODEL '': is empty. Give the folder of a model or of a peft adapter, or a hub name.")
     config = validated(EvaluateConfig, [("the command line", {**given, "tasks": names})])
     files: dict[str, str] = {}
     for entry in data:

@@ -68,9 +68,10 @@ class EvaluationFolder(RunFolder):
         for name, now in config.model_dump(mode="json").items():
             if not isinstance(before, dict) or before.get(name) != now:
                 was = before.get(name) if isinstance(before, dict) else None
+                option = "MODEL" if name == "model" else option_name(name)  # the one argument that is no option
                 raise UserError(
-                    f"{option_name(name)} {now}: the evaluation in {self.path} began with {was}. Give what it began "
-                    "with to go on, or another --out."
+                    f"{option} {_shown(now)}: the evaluation in {self.path} began with {_shown(was)}. Give what it "
+                    "began with to go on, or another --out."
                 )
         for name in sorted({*began, *data}):
             if began.get(name) != data.get(name):
@@ -108,3 +109,10 @@ class EvaluationFolder(RunFolder):
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _shown(value: Any) -> str:
+    """As the command line has it."""
+    if isinstance(value, dict):
+        return " ".join(f"{name}={one}" for name, one in value.items()) or "none"
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,22 @@ def end_tokens(model: PreTrainedModel, tokenizer: Any, stop: Sequence[str] = ())
     return sorted(token for token in ids if token is not None)
 
 
+@contextmanager
+def without_settings(model: Any) -> Iterator[None]:
+    """Within this, ``model`` has no generation settings, from which ``generate`` takes what it is not given.
+
+    Read `end_tokens` before. ``model`` may have an adapter.
+    """
+    # Which of both are read, that around an adapter or that within, depends on the adapter's kind.
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = model.generation_config
+    model.generation_config = inner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = inner.generation_config = own
+
+
 @torch.no_grad()
 def complete(
     model: PreTrainedModel,
@@ -152,11 +169,8 @@ def complete(
         )
         return output
 
-    own, model.generation_config = model.generation_config, GenerationConfig()
-    try:
+    with without_settings(model):
         rows = _in_pieces(go_on, batch["input_ids"], batch["attention_mask"], ends, decoding.max_new_tokens, piece)
-    finally:
-        model.generation_config = own
     lengths = [None] * len(rows) if stop is None else stop.lengths
     return [_completion(tokenizer, row, length, ends, decoding.stop) for row, length in zip(rows, lengths, strict=True)]
 

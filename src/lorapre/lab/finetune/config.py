@@ -21,6 +21,9 @@ TINY_MODEL, ARITHMETIC = "tiny", "arithmetic"
 #: fine-tuning's are, bases that move in every fourth alone find the subspace too late (docs/study-finetune.md).
 OWN: Mapping[str, Mapping[str, Any]] = {"lorapre-adamw": {"sweep_interval": 1}}
 
+#: Names of methods by the registry's.
+_NAMES: Mapping[str, str] = {"adamw": "full-adamw"}
+
 Adapter = Literal["lora", "rslora", "dora"]
 _Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -87,7 +90,7 @@ class FinetuneConfig(BaseModel):
     @field_validator("method")
     @classmethod
     def _one_name(cls, method: str) -> str:
-        return "full-adamw" if method == "adamw" else method  # the registry's name of it
+        return _NAMES.get(method, method)
 
     @model_validator(mode="after")
     def _consistent(self) -> FinetuneConfig:
@@ -123,7 +126,8 @@ def build_finetune_config(
 ) -> FinetuneConfig:
     """Merge the defaults, a preset, a YAML file and ``options``, the later ones winning; and `OWN` under all of them.
 
-    ``steps`` given in one layer replaces ``epochs`` of an earlier one, and the other way round.
+    ``steps`` given in one layer replaces ``epochs`` of an earlier one, and the other way round. A layer that changes
+    the method leaves the ``options`` of earlier ones behind, which were the other method's.
 
     Raises:
         UserError: an unknown preset or key, an unreadable file, or a value out of range.
@@ -136,8 +140,22 @@ def build_finetune_config(
     if config_file is not None:
         layers.append((str(config_file), read_yaml(config_file)))
     layers.append(("the command line", options))
-    config = validated(FinetuneConfig, layers, ("steps", "epochs"))
+    config = validated(FinetuneConfig, _options_of_last_method(layers), ("steps", "epochs"))
     return config.model_copy(update={"options": {**OWN.get(config.method, {}), **config.options}})
+
+
+def _options_of_last_method(layers: list[Layer]) -> list[Layer]:
+    kept: list[Layer] = []
+    before: Any = None
+    for source, layer in layers:
+        method = _NAMES.get(str(layer.get("method")), layer.get("method"))
+        if before is not None and method is not None and method != before:
+            kept = [
+                (origin, {name: earlier[name] for name in earlier if name != "options"}) for origin, earlier in kept
+            ]
+        before = before if method is None else method
+        kept.append((source, layer))
+    return kept
 
 
 def recipe(config: FinetuneConfig, optimizer: str, steps: int, **changes: Any) -> PretrainConfig:

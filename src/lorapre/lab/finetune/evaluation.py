@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from lorapre.lab.evaluate.generation import end_tokens, without_settings
 from lorapre.lab.finetune.tokens import Encoded
 
 _BATCH = 50
@@ -47,6 +48,8 @@ def exact_match(
 ) -> float:
     """Share of ``asked`` whose greedy answer of at most ``room`` tokens is right.
 
+    As in ``lorapre evaluate``, of the model's own generation settings only the end tokens are kept.
+
     Args:
         model: answers in evaluation mode, and is left in it.
         tokenizer: its own.
@@ -55,23 +58,22 @@ def exact_match(
         room: most tokens of an answer.
     """
     model.eval()
+    padding = tokenizer.pad_token_id
+    greedy = GenerationConfig(
+        max_new_tokens=room, do_sample=False, eos_token_id=end_tokens(model, tokenizer) or None, pad_token_id=padding
+    )
     right = 0
     for start in range(0, len(asked), _BATCH):
         part = asked[start : start + _BATCH]
         longest = max(len(question.prompt) for question in part)
-        padding = tokenizer.pad_token_id
         ids = [[padding] * (longest - len(question.prompt)) + question.prompt for question in part]
         mask = [[0] * (longest - len(question.prompt)) + [1] * len(question.prompt) for question in part]
-        written = model.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            max_new_tokens=room,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=padding,
-        )
+        with without_settings(model):
+            written = model.generate(
+                input_ids=torch.tensor(ids, device=model.device),
+                attention_mask=torch.tensor(mask, device=model.device),
+                generation_config=greedy,
+            )
         texts = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
         right += sum(final(text) == question.expected for text, question in zip(texts, part, strict=True))
     return right / len(asked)

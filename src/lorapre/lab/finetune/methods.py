@@ -136,6 +136,11 @@ def find_method(config: FinetuneConfig) -> Method:
         )
     if brings and config.adapter_rank is not None:
         raise UserError(f"--adapter-rank {config.adapter_rank}: --method {method.name} takes its rank from --rank.")
+    if brings and config.dense_lr is not None:
+        raise UserError(
+            f"--dense-lr {config.dense_lr}: --method {method.name} trains an adapter alone, at --lr. Leave it out of "
+            "the command, or of the file that --config names."
+        )
     if brings and not isinstance(config.rank, int):
         raise UserError(f"--rank {config.rank}: an adapter's rank is a whole number. Give one such as 8.")
     if adapter_kind(config, method) is None:
@@ -163,11 +168,12 @@ def add_adapter(model: nn.Module, config: FinetuneConfig, method: Method) -> nn.
     """``model`` with the adapter of ``config``, or as it is; the adapter's weights are drawn from ``--seed``.
 
     Raises:
-        UserError: ``--target-modules`` names no module.
+        UserError: one of ``--target-modules`` names no module.
     """
     kind = adapter_kind(config, method)
     if kind is None:
         return model
+    _check_targets(model, config.target_modules)
     rank = int(config.rank) if method.adapter is not None else config.adapter_rank
     assert rank is not None
     settings = LoraConfig(
@@ -186,6 +192,19 @@ def add_adapter(model: nn.Module, config: FinetuneConfig, method: Method) -> nn.
     except ValueError as error:
         raise UserError(f"--target-modules {' '.join(config.target_modules)}: {error}") from None
     return adapted
+
+
+def _check_targets(model: nn.Module, targets: list[str]) -> None:
+    """Each names a module, by the end of its path: peft itself asks that of one of them alone."""
+    names = [name for name, _ in model.named_modules()]
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            matrices = (name for name, param in model.named_parameters() if param.ndim == 2)
+            known = dict.fromkeys(name.split(".")[-2] for name in matrices)
+            raise UserError(
+                f"--target-modules {target}: the model has no such module. Choose among {', '.join(known)}, or a "
+                "longer part of a module's path."
+            )
 
 
 def learning_rates(config: FinetuneConfig, method: Method) -> tuple[float, float]:

@@ -47,7 +47,6 @@ def _metamath(model: str) -> dict[str, Any]:
         "method": "lorapre-adamw-paper",
         "rank": 8,
         "lr": 2e-5,
-        "dense_lr": 2e-5,
         "beta1": 0.9,
         "beta2": 0.95,
         "weight_decay": 0.0,
