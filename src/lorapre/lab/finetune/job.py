@@ -10,11 +10,11 @@ from rich.console import Console
 
 from lorapre.lab.errors import UserError
 from lorapre.lab.finetune.base import keep_tiny
-from lorapre.lab.finetune.config import TINY_MODEL, FinetuneConfig, build_finetune_config
+from lorapre.lab.finetune.config import ARITHMETIC, TINY_MODEL, FinetuneConfig, build_finetune_config
 from lorapre.lab.finetune.methods import adapter_kind
 from lorapre.lab.finetune.preparation import Data, Plan, load_data, plan_run, planned_recipe
 from lorapre.lab.finetune.quiet import keep_quiet
-from lorapre.lab.finetune.saving import merge_adapter, merged_folder
+from lorapre.lab.finetune.saving import merge_adapter, merged_folder, save_questions
 from lorapre.lab.finetune.tokens import fingerprint
 from lorapre.lab.finetune.training import tune
 from lorapre.lab.preparation import record_data
@@ -106,6 +106,8 @@ def _prepare(plan: Plan, folder: RunFolder, console: Console, *, resume: bool) -
     facts = {"description": data.examples.description} | fingerprint(data.train, data.valid, plan.base.tokenizer)
     option = f"--resume --out {folder.path}"
     record_data(folder.provenance, facts, "peft", "trl", "datasets", seed=config.seed, option=option)
+    if config.data == ARITHMETIC:
+        save_questions(folder, data.examples.valid)
     return data
 
 

@@ -16,9 +16,11 @@ from lorapre.lab.finetune.data import reads_hub
 from lorapre.lab.finetune.methods import adapter_kind
 from lorapre.lab.finetune.preparation import Plan, load_data, plan_run, planned_recipe
 from lorapre.lab.finetune.quiet import keep_quiet
+from lorapre.lab.finetune.saving import questions_file
 from lorapre.lab.finetune.trainer import steps_of
 from lorapre.lab.optimizers.measure import adamw_state_bytes
 from lorapre.lab.optimizers.options import written
+from lorapre.lab.run_folder import RunFolder
 from lorapre.optim.summary import format_bytes
 
 
@@ -108,12 +110,19 @@ def print_summary(summary: dict[str, Any], out: Path, console: Console) -> None:
     if summary["exact_match"] is not None:
         table.add_row("exact match", f"{summary['exact_match_before']:.1%}", f"{summary['exact_match']:.1%}")
     console.print(table)
+    result = "adapter" if summary["adapter"] else "model"
     lines = [
         f"data: {summary['data']}, {summary['steps']:,} steps, {summary['examples_per_second']:,.1f} examples/s",
         f"trained: {summary['trainable_parameters']:,} parameters with {summary['method']}",
         f"optimizer state: {format_bytes(summary['state_bytes'])} (AdamW: {format_bytes(summary['adamw_state_bytes'])} "
         "for the same parameters)",
-        f"run folder: {out} (summary.json, metrics.jsonl, {'adapter' if summary['adapter'] else 'model'}/)",
+        f"run folder: {out} (summary.json, metrics.jsonl, {result}/)",
     ]
+    questions = questions_file(RunFolder(out))
+    if questions.exists() and summary["template"] == "chat":
+        lines.append(
+            f"ask it the {summary['examples']['valid']:,} that were held out: lorapre evaluate {out / result} --tasks "
+            f"gsm8k --data {questions} --chat --prompt question --max-new-tokens 10"
+        )
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)

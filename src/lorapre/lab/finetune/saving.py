@@ -1,7 +1,9 @@
-"""What a run leaves: a model or an adapter, and a merged model on demand."""
+"""What a run leaves: a model or an adapter, a merged model on demand, and questions for it."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from lorapre.lab.errors import UserError
+from lorapre.lab.finetune.formats import Example
 from lorapre.lab.finetune.quiet import keep_quiet
-from lorapre.lab.run_folder import RunFolder, write_atomically
+from lorapre.lab.run_folder import RunFolder, write_atomically, write_text
 
 
 def adapter_folder(folder: RunFolder) -> Path:
@@ -23,6 +26,17 @@ def adapter_folder(folder: RunFolder) -> Path:
 def merged_folder(folder: RunFolder) -> Path:
     """Where a merged model goes."""
     return folder.path / "merged"
+
+
+def questions_file(folder: RunFolder) -> Path:
+    """Where the sums that ``--data arithmetic`` holds out are, as ``lorapre evaluate`` reads them."""
+    return folder.path / "questions.jsonl"
+
+
+def save_questions(folder: RunFolder, held_out: Sequence[Example]) -> None:
+    """Write `questions_file` in GSM8K's format, which is a number after ``####``."""
+    records = [{"question": each.messages[0]["content"], "answer": f"#### {each.answer}"} for each in held_out]
+    write_text(questions_file(folder), "".join(json.dumps(record) + "\n" for record in records))
 
 
 def save_result(folder: RunFolder, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Path:
