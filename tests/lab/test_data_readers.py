@@ -113,6 +113,7 @@ def test_an_undecodable_byte_in_json_lines(tmp_path: Path) -> None:
         ('{"text": null}', ["line 2", "null"]),
         ('{"text": 3}', ["line 2", "int"]),
         ('{"text": "ab\\ud800"}', ["line 2", "surrogate", "character 2"]),
+        pytest.param(f'{{"text": "x", "n": {"1" * 5000}}}', ["line 2", "not valid JSON", "digits"], id="digits"),
     ],
 )
 def test_a_bad_json_line_is_named_with_its_number(tmp_path: Path, line: str, parts: list[str]) -> None:
@@ -146,6 +147,28 @@ def test_a_damaged_compressed_file_is_named(tmp_path: Path, packing: str, harm: 
         packed[1000:1400] = bytes(400)
     path.write_bytes(text if harm == "not compressed" else packed)
     assert "damaged" in message(path)
+
+
+@pytest.mark.parametrize("packing", [name for name in PACK if name])
+@pytest.mark.parametrize("harm", ["head of the second stream", "text behind the end", "empty"])
+def test_a_damage_that_begins_where_a_stream_ends_is_named(tmp_path: Path, packing: str, harm: str) -> None:
+    path = tmp_path / f"a.txt{packing}"
+    first, second = PACK[packing](b"one\n"), PACK[packing](b"two\n")
+    path.write_bytes(first + second)
+    assert read(path) == ["one\ntwo\n"]
+    spoilt = {
+        "head of the second stream": first + b"XX" + second[2:],
+        "text behind the end": first + b"# end",
+        "empty": b"",
+    }
+    path.write_bytes(spoilt[harm])
+    assert "damaged" in message(path)
+
+
+def test_padding_between_xz_streams_and_behind_the_last_is_none_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.xz"
+    path.write_bytes(lzma.compress(b"one\n") + bytes(8) + lzma.compress(b"two\n") + bytes(40_000))
+    assert read(path) == ["one\ntwo\n"]
 
 
 def test_the_suffix_below_the_compression_decides() -> None:

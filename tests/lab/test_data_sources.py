@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import random
 import sysconfig
@@ -39,6 +40,11 @@ def test_globs_are_expanded_sorted_and_each_file_counts_once(tree: Path) -> None
     assert names([f"{tree}/[x].txt"], tree) == ["[x].txt"]
 
 
+def test_folders_that_a_glob_matches_beside_files_are_counted(tree: Path) -> None:
+    assert find_files([f"{tree}/*"], "text", "data").remark == "1 folder that a glob matches left out"
+    assert find_files([f"{tree}/**"], "text", "data").remark == ""
+
+
 def test_paths_are_relative_to_the_working_folder(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tree / "sub")
     assert [path.as_posix() for path in find_files(["*.md", "../b.txt"], "text", "data").files] == ["c.md", "../b.txt"]
@@ -52,12 +58,16 @@ def test_paths_are_relative_to_the_working_folder(tree: Path, monkeypatch: pytes
         ("{}/sub/d*", ["matches only folders"]),
         ("{}/empty", ["holds no file of a known kind", "1 files"]),
         ("{}/x.tar.gz", [".tar", "unpack"]),
+        ("{}/pipe", ["pipe", "more than once", "file"]),
+        (" ", ["entry is empty"]),
+        pytest.param("words and no name " * 300, ["data", "File name too long"], id="text"),
     ],
 )
 def test_an_entry_that_gives_nothing_is_named(tree: Path, entry: str, parts: list[str]) -> None:
     (tree / "empty").mkdir()
     (tree / "empty" / "a.png").touch()
     (tree / "x.tar.gz").touch()
+    os.mkfifo(tree / "pipe")
     with pytest.raises(UserError) as caught:
         find_files([entry.format(tree)], "text", "data")
     assert [part for part in parts if part not in str(caught.value)] == []

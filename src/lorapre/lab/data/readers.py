@@ -16,9 +16,9 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,15 +30,18 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 SEPARATOR = "<|endoftext|>"
-_OPENERS: dict[str, Callable[[BinaryIO], AbstractContextManager[object]]] = {
-    ".xz": lzma.open,
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
+# Not lzma.open and bz2.open, which end without a word where a second stream of the file is damaged, nor
+# zstandard.open, which takes a truncated file for a complete one.
+_DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    ".xz": lzma.LZMADecompressor,
+    ".bz2": bz2.BZ2Decompressor,
+    ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
 }
-COMPRESSIONS = (*_OPENERS, ".zst")
+COMPRESSIONS = (*_DECOMPRESSORS, ".gz")
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _BOM = b"\xef\xbb\xbf"
 _CHUNK = 1 << 18
+_PACKED = 1 << 14  # a thousand times as much may come out of it
 _PARQUET_ROWS = 1024
 _CORRUPT = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
 
@@ -96,13 +99,14 @@ def _say(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-class _ZstdReader(io.RawIOBase):
-    """Unpacks Zstandard frames; `zstandard.open` takes a truncated file for a complete one, this does not."""
+class _Unpacked(io.RawIOBase):
+    """The bytes of all streams (frames) of a compressed file; what follows them and is none of them is an error."""
 
-    def __init__(self, source: BinaryIO) -> None:
+    def __init__(self, source: BinaryIO, new: Callable[[], Any]) -> None:
         self._source = source
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._fed = False  # whether the current frame has been given any input
+        self._new = new
+        self._stream = new()
+        self._fed = False  # whether the current stream has been given any input
         self._ready = b""
 
     def readable(self) -> bool:
@@ -111,19 +115,21 @@ class _ZstdReader(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer) -> int:
         view = memoryview(buffer).cast("B")
         while not self._ready:
-            if self._frame.eof:
-                packed = self._frame.unused_data
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            packed = b""
+            if self._stream.eof:
+                packed = self._stream.unused_data
+                self._stream = self._new()
                 self._fed = False
-            else:
-                packed = b""
-            packed = packed or self._source.read(_CHUNK)
+            packed = packed or self._source.read(_PACKED)
             if not packed:
                 if self._fed:
-                    raise EOFError("the file ends inside a Zstandard frame")
+                    raise EOFError("the file ends inside a compressed stream")
                 return 0
-            self._fed = True
-            self._ready = self._frame.decompress(packed)
+            if not self._fed and self._new is lzma.LZMADecompressor:
+                packed = packed.lstrip(b"\0")  # padding between streams, and behind the last
+            if packed:
+                self._fed = True
+                self._ready = self._stream.decompress(packed)
         count = min(len(view), len(self._ready))
         view[:count] = self._ready[:count]
         self._ready = self._ready[count:]
@@ -135,10 +141,12 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     """The unpacked bytes of `path` as a buffered stream."""
     suffix = path.suffix.lower()
     with path.open("rb") as raw:
-        if suffix == ".zst":
-            yield _buffered(_ZstdReader(raw))
-        elif suffix in _OPENERS:
-            with _OPENERS[suffix](raw) as unpacked:
+        if suffix in COMPRESSIONS and not raw.peek(1):
+            raise EOFError("the file is empty, which no compressed file is")
+        if suffix in _DECOMPRESSORS:
+            yield _buffered(_Unpacked(raw, _DECOMPRESSORS[suffix]))
+        elif suffix == ".gz":
+            with gzip.open(raw) as unpacked:
                 yield _buffered(unpacked)
         else:
             yield raw
@@ -183,7 +191,7 @@ def _json_lines(stream: BinaryIO, path: Path, text_field: str) -> Iterator[str]:
             continue
         try:
             record = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a ValueError alone: a whole number of too many digits
             raise UserError(
                 f"{path}, line {number:,}: not valid JSON ({error}); the file must hold one JSON object a line: "
                 "correct the line, or give the file the suffix .txt if it is plain text."

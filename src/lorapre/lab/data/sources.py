@@ -141,6 +141,7 @@ class TextFiles:
     files: tuple[Path, ...]
     text_field: str
     other_files: int
+    other_folders: int = 0
 
     @property
     def label(self) -> str:
@@ -148,8 +149,10 @@ class TextFiles:
 
     @property
     def remark(self) -> str:
-        count = self.other_files
-        return f"{count:,} file{'s' * (count > 1)} of other kinds left out" if count else ""
+        files, folders = self.other_files, self.other_folders
+        left_out = [f"{files:,} file{'s' * (files > 1)} of other kinds"] if files else []
+        left_out += [f"{folders:,} folder{'s' * (folders > 1)} that a glob matches"] if folders else []
+        return f"{' and '.join(left_out)} left out" if left_out else ""
 
     def identity(self) -> list[object]:
         facts: list[object] = []
@@ -170,24 +173,36 @@ def find_files(entries: Sequence[str], text_field: str, argument: str) -> TextFi
     Raises UserError that names the entry where it matches nothing that can be read as text.
     """
     found: dict[Path, Path] = {}
-    other_files = 0
+    other_files = other_folders = 0
     for entry in entries:
+        if not entry.strip():
+            raise UserError(f"{argument}: an entry is empty; give a file, a folder or a glob, or leave it out.")
         path = Path(entry).expanduser()
-        if path.is_dir():
+        try:
+            folder, file, there = path.is_dir(), path.is_file(), path.exists()
+        except OSError as error:  # a name that is too long, or a folder on the way that is closed
+            raise UserError(f"{argument}: {entry[:200]!r} cannot be read ({error.strerror}); correct it.") from error
+        if folder:
             files, others = _below(path, argument)
             other_files += others
-        elif path.exists():
+        elif file:
             files = [path]
+        elif there:
+            raise UserError(
+                f"{argument}: {entry!r} is a pipe or a device, and data is read more than once; write it to a file "
+                "and name that."
+            )
         else:
-            files = _expand_glob(entry, argument)
-        for file in files:
-            if inner_suffix(file) in _REFUSED_SUFFIXES:
+            files, folders = _expand_glob(entry, argument)
+            other_folders += folders
+        for chosen in files:
+            if inner_suffix(chosen) in _REFUSED_SUFFIXES:
                 raise UserError(
-                    f"{argument}: {file} is of a kind ({inner_suffix(file)}) that is not read; unpack or convert "
+                    f"{argument}: {chosen} is of a kind ({inner_suffix(chosen)}) that is not read; unpack or convert "
                     "it to .txt, .jsonl or .parquet, or leave it out."
                 )
-            found.setdefault(file.resolve(), file)
-    return TextFiles(tuple(found.values()), text_field, other_files)
+            found.setdefault(chosen.resolve(), chosen)
+    return TextFiles(tuple(found.values()), text_field, other_files, other_folders)
 
 
 def check_disjoint(train: TextFiles, valid: TextFiles) -> None:
@@ -217,13 +232,15 @@ def _below(folder: Path, argument: str) -> tuple[list[Path], int]:
     return chosen, len(files) - len(chosen)
 
 
-def _expand_glob(entry: str, argument: str) -> list[Path]:
+def _expand_glob(entry: str, argument: str) -> tuple[list[Path], int]:
+    """The files that `entry` matches, sorted, and how many folders that hold none of them it matches too."""
     # Not Path.glob: it takes no absolute pattern and does match hidden files.
     found = glob.glob(str(Path(entry).expanduser()), recursive=True)  # noqa: PTH207
     matches = [Path(match) for match in sorted(found)]
     files = [path for path in matches if path.is_file()]
     if files:
-        return files
+        looked_into = {folder for file in files for folder in file.parents}
+        return files, sum(path.is_dir() and path not in looked_into for path in matches)
     if matches:
         raise UserError(
             f"{argument}: {entry!r} matches only folders; write '{entry.rstrip('/')}/*' or name one folder."
