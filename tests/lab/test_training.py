@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import Trainer
 
 from lorapre.lab.optimizers import OPTIMIZERS
 from lorapre.lab.run_folder import RunFolder
-from lorapre.lab.training import starting_point
+from lorapre.lab.training import _LabTrainer, starting_point
 
 pytestmark = pytest.mark.usefixtures("sketched")
 SHORT = options(model="tiny.json", data="text.txt", tokenizer="bpe:300", batch_size=8, sequence_length=16, log_every=1)
@@ -196,6 +197,25 @@ def test_a_record_is_the_mean_since_the_one_before_and_the_last_step_has_one(pre
     assert [record["step"] for record in third if "loss" in record] == [3, 6, 8]
     means = [np.mean(every[:3]), np.mean(every[3:6]), np.mean(every[6:])]
     assert losses(here / "third") == pytest.approx(means, rel=1e-6)
+
+
+def test_the_clock_stands_still_while_the_run_is_validated_and_saved(
+    pretrain: Cli, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowed(action: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*arguments: Any, **given: Any) -> Any:
+            time.sleep(1)
+            return action(*arguments, **given)
+
+        return slow
+
+    monkeypatch.setattr(_LabTrainer, "evaluate", slowed(_LabTrainer.evaluate))
+    monkeypatch.setattr(Trainer, "_save_checkpoint", slowed(Trainer._save_checkpoint))
+    assert pretrain(*SHORT, *options(steps=4, eval_every=2, save_every=1, out="run")).code == 0
+    found = summary(here / "run")
+    assert found["seconds"] < 2  # of six of sleep
+    assert found["tokens_per_second"] > found["tokens"] / 2
+    assert records(here / "run")[-1]["seconds"] < 2
 
 
 def test_on_a_machine_of_several_gpus_a_process_keeps_to_one_whatever_it_trains(tmp_path: Path) -> None:

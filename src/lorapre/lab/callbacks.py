@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
@@ -35,7 +36,7 @@ class MetricsWriter(TrainerCallback):
 
     All but ``seconds`` and ``tokens_per_second`` (or another unit's) is a function of the configuration: a resumed
     run writes it again to the bit (on the CPU). ``seconds`` counts training since the start, over interruptions,
-    without validation.
+    without validations and checkpoints.
     """
 
     def __init__(
@@ -64,6 +65,13 @@ class MetricsWriter(TrainerCallback):
         if self._running_since is None:
             self._running_since = time.perf_counter()
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        # Before, not when the validation is logged: its own time would count. The last step has one by `LastStep`.
+        if control.should_evaluate or control.should_save or state.global_step >= state.max_steps:
+            if torch.cuda.is_available():  # the host is ahead of the steps that it has asked for
+                torch.cuda.synchronize()
+            self.pause()
+
     def on_log(
         self,
         args: TrainingArguments,
@@ -86,7 +94,6 @@ class MetricsWriter(TrainerCallback):
             elapsed = max(seconds - last_seconds, 1e-9)
             record[f"{self._unit}_per_second"] = round((step - last_step) * self._per_step / elapsed, 1)
         elif "eval_loss" in logs:
-            self.pause()
             record |= {"valid_loss": logs["eval_loss"], "valid_perplexity": perplexity(logs["eval_loss"])}
         else:
             return
