@@ -86,6 +86,8 @@ CASES: dict[str, Case] = {
     "valid fraction 1": Case({"valid_fraction": 1}, ["--valid-fraction 1", "less than 1"]),
     # tokenizer
     "tiny tokenizer": Case({"tokenizer": "bpe:10"}, ["tokenizer", "bpe:10", "257"]),
+    "no tokenizer": Case({"tokenizer": " "}, ["--tokenizer", "names no tokenizer", "leave it out"]),
+    "tokenizer beyond memory": Case({"tokenizer": "bpe:99999999999"}, ["bpe:99999999999", "at most 10,000,000"]),
     "no number": Case({"tokenizer": "bpe:many"}, ["tokenizer", "bpe:many"]),
     "missing tokenizer": Case({"tokenizer": "./nope"}, ["tokenizer", "./nope"]),
     # model

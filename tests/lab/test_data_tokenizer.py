@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lorapre.lab.data import load_tokenizer, train_bpe
 from lorapre.lab.data.cache import Cache
-from lorapre.lab.data.encode import Encoder, batches, pieces
+from lorapre.lab.data.encode import Encoder, batches, id_count, pieces
 from lorapre.lab.data.tokenizer import TrainingText, bpe_vocabulary, training_sample
 from lorapre.lab.errors import UserError
 
@@ -152,6 +152,23 @@ def test_an_end_of_text_that_is_in_the_vocabulary_but_not_declared_is_used(tmp_p
         tokenizer = load(str(spec), tmp_path)
         assert tokenizer.eos_token_id == 2
         assert Encoder(tokenizer).encode(["a b a"])[0].tolist() == [1, 0, 1, 2]
+
+
+def test_ids_above_a_gap_in_the_vocabulary_are_counted_and_kept(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"[unk]": 0, "a": 1, "<|endoftext|>": 70_000}, "[unk]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load(str(tmp_path), tmp_path)
+    assert (len(tokenizer), id_count(tokenizer)) == (3, 70_001)
+    assert Encoder(tokenizer).encode(["a"])[0].tolist() == [1, 70_000]
+
+
+def test_text_that_the_tokenizer_has_no_token_for_is_a_user_error(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, "<|endoftext|>": 1}))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    encoder = Encoder(load(str(tmp_path), tmp_path))
+    with pytest.raises(UserError, match=r"cannot encode the data \(.*UNK.*give one that has an unknown token"):
+        encoder.encode(["b"])
 
 
 def make_bad_json(folder: Path) -> str:

@@ -127,6 +127,28 @@ def test_a_preset_takes_the_tokenizers_vocabulary_or_the_published_one(
     assert resolve_model("llama-60m").with_vocabulary(tokenizer_size, max_token_id).config.vocab_size == expected
 
 
+def test_a_preset_ends_its_texts_as_its_tokenizer_does(tmp_path: Path) -> None:
+    spec = resolve_model("llama-1m").with_vocabulary(300, 299, 299)
+    spec.build(0).save_pretrained(tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / name).read_text())["eos_token_id"] == 299
+    assert resolve_model(str(write_model(tmp_path / "tiny.json"))).with_vocabulary(300, 299, 5).config.eos_token_id == 0
+
+
+def test_what_a_checkpoint_lacks_follows_from_the_seed(tmp_path: Path) -> None:
+    model = resolve_model(str(write_model(tmp_path / "tiny.json"))).build(1)
+    weights = {name: weight for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(tmp_path / "checkpoint", state_dict=weights)
+    heads = [resolve_model(str(tmp_path / "checkpoint")).build(seed).lm_head.weight for seed in (4, 4, 5)]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_the_shapes_of_a_model_that_is_saved_in_bfloat16_are_float32_too(tmp_path: Path) -> None:
+    model = resolve_model(str(write_model(tmp_path / "tiny.json", dtype="bfloat16"))).build(0, device="meta")
+    assert {param.dtype for param in model.parameters()} == {torch.float32}
+
+
 def test_a_config_json_keeps_its_vocabulary_and_refuses_ids_beyond_it(tmp_path: Path) -> None:
     spec = resolve_model(str(write_model(tmp_path / "tiny.json")))
     assert spec.with_vocabulary(280, 279).config.vocab_size == 300

@@ -80,6 +80,13 @@ class PretrainConfig(BaseModel):
         check_rank(rank)
         return rank
 
+    @field_validator("tokenizer")
+    @classmethod
+    def _named_tokenizer(cls, tokenizer: str | None) -> str | None:
+        if tokenizer is not None and not tokenizer.strip():
+            raise ValueError("names no tokenizer; leave it out for the default, or give bpe:SIZE, a file or a folder")
+        return tokenizer
+
     @field_validator("data")
     @classmethod
     def _hub_default(cls, data: list[str]) -> list[str]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lorapre.lab.config import PretrainConfig
-from lorapre.lab.data.tokenizer import bpe_vocabulary
+from lorapre.lab.data import check_data_spec
+from lorapre.lab.data.encode import id_count
+from lorapre.lab.data.local import open_local
+from lorapre.lab.data.sources import find_files
+from lorapre.lab.data.tokenizer import bpe_vocabulary, is_local, read_tokenizer
 from lorapre.lab.models import PUBLISHED_VOCABULARY
 from lorapre.lab.optimizers import OPTIMIZERS, OptimizerEntry, matrix_parameters, matrix_state_bytes
 from lorapre.lab.optimizers.hybrid import parts_of
@@ -31,6 +33,7 @@ def print_dry_run(config: PretrainConfig, console: Console) -> None:
         UserError: the options do not fit together.
     """
     plan = plan_run(config)
+    _check_files(config)
     config = plan.config
     vocabulary = _vocabulary(plan)
     if plan.model.resizable:
@@ -108,7 +111,23 @@ def _vocabulary(plan: Plan) -> int:
     trained = bpe_vocabulary(spec)
     if trained is not None:
         return trained
-    path = Path(spec)
-    if path.is_file():
-        return len(PreTrainedTokenizerFast(tokenizer_file=str(path)))
-    return len(AutoTokenizer.from_pretrained(spec)) if path.is_dir() else PUBLISHED_VOCABULARY
+    return id_count(read_tokenizer(spec)) if is_local(spec) else PUBLISHED_VOCABULARY
+
+
+def _check_files(config: PretrainConfig) -> None:
+    """Find the files that the run would read, and read none of them.
+
+    Raises:
+        UserError: the run would not find them.
+    """
+    if check_data_spec(config.data) == "hub":
+        if config.valid_data:
+            find_files(config.valid_data, config.text_field, "valid_data")
+        return
+    open_local(
+        config.data,
+        text_field=config.text_field,
+        valid_data=config.valid_data,
+        valid_fraction=config.valid_fraction,
+        status=lambda _: None,
+    )

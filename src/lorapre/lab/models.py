@@ -52,8 +52,8 @@ class ModelSpec:
     #: Trained on the data where none is named. A few minutes of training do not fill a large vocabulary.
     default_tokenizer: str = "bpe:4096"
 
-    def with_vocabulary(self, tokenizer_size: int, max_token_id: int) -> ModelSpec:
-        """Fit the embedding to the tokenizer.
+    def with_vocabulary(self, tokenizer_size: int, max_token_id: int, end: int | None = None) -> ModelSpec:
+        """Fit the embedding to the tokenizer, and a preset's end of text to ``end``, which also begins a text.
 
         A preset takes the tokenizer's size, or the published 32,000 where every id that occurs fits (T5's
         tokenizer counts a hundred sentinels beyond it). Files and checkpoints say their own size.
@@ -64,6 +64,8 @@ class ModelSpec:
         if self.resizable:
             published = max_token_id < PUBLISHED_VOCABULARY <= tokenizer_size
             self.config.vocab_size = PUBLISHED_VOCABULARY if published else tokenizer_size
+            if end is not None:
+                self.config.bos_token_id = self.config.eos_token_id = end
         elif max_token_id >= self.config.vocab_size:
             raise UserError(
                 f"--model {self.name}: its vocabulary has {self.config.vocab_size} entries, but the tokenizer "
@@ -95,17 +97,17 @@ class ModelSpec:
         if device == "meta":
             try:
                 with torch.device("meta"):
-                    model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+                    model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
             except Exception as error:  # each architecture fails in its own way
                 raise UserError(_not_causal(self.name, error)) from error
             return model
+        torch.manual_seed(seed)  # also for weights that a checkpoint lacks
         if self.checkpoint is not None:
             try:
                 model = AutoModelForCausalLM.from_pretrained(self.checkpoint, dtype=torch.float32)
             except Exception as error:
                 raise UserError(_unloadable(self.name, error)) from error
             return model
-        torch.manual_seed(seed)
         fresh: PreTrainedModel = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
         return fresh
 

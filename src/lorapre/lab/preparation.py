@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.data import BlockDataset, TextCorpus, check_data_spec, load_corpus
+from lorapre.lab.data.encode import id_count
 from lorapre.lab.diagnose import diagnosed_every
 from lorapre.lab.errors import UserError
 from lorapre.lab.models import ModelSpec, resolve_model
@@ -84,7 +85,7 @@ def load_planned_corpus(plan: Plan, console: Console) -> TextCorpus:
             seed=config.seed,
             status=status,
         )
-    plan.model.with_vocabulary(len(corpus.tokenizer), corpus.max_token_id)
+    plan.model.with_vocabulary(id_count(corpus.tokenizer), corpus.max_token_id, corpus.tokenizer.eos_token_id)
     _check_blocks(corpus, config)
     return corpus
 

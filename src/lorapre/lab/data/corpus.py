@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorapre.lab.data.bigram import BigramModel
 from lorapre.lab.data.cache import Cache, default_cache_dir, make_key
-from lorapre.lab.data.encode import Encoder, batches
+from lorapre.lab.data.encode import Encoder, batches, id_count
 from lorapre.lab.data.hub import HELD_OUT_DOCUMENTS, HubData, open_hub
 from lorapre.lab.data.local import LocalDocuments, megabytes, open_local
 from lorapre.lab.data.sources import HUB_PREFIX, TextFiles, check_data_spec, find_files
@@ -65,7 +65,7 @@ class TextCorpus:
         name = f"bigram-{make_key(self._key, self.valid.sequence_length, self.valid_tokens)}.json"
         record = self._cache.read_json(name)
         if record is None:
-            model = BigramModel.fit(self._bigram_tokens(), len(self.tokenizer))
+            model = BigramModel.fit(self._bigram_tokens(), id_count(self.tokenizer))
             value = model.cross_entropy(self.valid.tokens, self.valid.sequence_length)
             record = {"nats_per_token": value}
             self._cache.write_json(name, record)

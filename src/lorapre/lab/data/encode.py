@@ -11,6 +11,8 @@ import numpy.typing as npt
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
+from lorapre.lab.errors import UserError
+
 _PIECE_CHARACTERS = 1_000_000
 _BATCH_CHARACTERS = 4_000_000
 _BATCH_DOCUMENTS = 4096
@@ -47,6 +49,11 @@ def batches(items: Iterable[tuple[T, str]]) -> Iterator[list[tuple[T, str]]]:
         yield group
 
 
+def id_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id of `tokenizer`; `len` of it is less where its vocabulary has gaps."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 class Encoder:
     """Encodes documents, each followed by the end of text and by no other special token.
 
@@ -62,7 +69,7 @@ class Encoder:
         backend.encode_special_tokens = True
         self._backend = backend
         self.end = int(tokenizer.eos_token_id)
-        self.vocabulary = len(tokenizer)
+        self.vocabulary = id_count(tokenizer)
 
     @property
     def dtype(self) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
@@ -70,11 +77,20 @@ class Encoder:
         return np.dtype(np.uint16) if self.vocabulary <= 1 << 16 else np.dtype(np.uint32)
 
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.unsignedinteger]]:
-        """One flat array of ids for each text, the end of text included."""
+        """One flat array of ids for each text, the end of text included.
+
+        Raises UserError where the tokenizer has neither a token for what it meets nor one for the unknown.
+        """
         parts = [(index, piece) for index, text in enumerate(texts) for piece in pieces(text)]
         encoded: list[list[npt.NDArray[np.unsignedinteger]]] = [[] for _ in texts]
         for group in batches(parts):
-            encodings = self._backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            try:
+                encodings = self._backend.encode_batch_fast([piece for _, piece in group], add_special_tokens=False)
+            except Exception as error:  # the Rust side raises bare Exception
+                raise UserError(
+                    f"the tokenizer cannot encode the data ({error}); give one that has an unknown token or knows all "
+                    "bytes, such as 'bpe'."
+                ) from error
             for (index, _), encoding in zip(group, encodings, strict=True):
                 encoded[index].append(np.array(encoding.ids, dtype=self.dtype))
         end = np.array([self.end], dtype=self.dtype)

@@ -18,6 +18,7 @@ from lorapre.lab.errors import UserError
 END_OF_TEXT = "<|endoftext|>"
 DEFAULT_VOCABULARY = 4096
 _SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
+_LARGEST_VOCABULARY = 10_000_000  # the trainer makes room for all of it in advance
 BPE_TRAINING_BYTES = 50_000_000
 
 
@@ -42,10 +43,13 @@ def bpe_vocabulary(spec: str) -> int | None:
         return None
     if not colon:
         return DEFAULT_VOCABULARY
-    if not number.isascii() or not number.isdigit() or int(number) < _SMALLEST_VOCABULARY:
+    # Digits are counted first: Python turns no more than 4,300 of them into a number.
+    plain = number.isascii() and number.isdigit() and len(number) <= len(str(_LARGEST_VOCABULARY))
+    if not plain or not _SMALLEST_VOCABULARY <= int(number) <= _LARGEST_VOCABULARY:
         raise UserError(
             f"tokenizer={spec!r}: the vocabulary after 'bpe:' must be a whole number of at least "
-            f"{_SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}); write for instance 'bpe:{DEFAULT_VOCABULARY}'."
+            f"{_SMALLEST_VOCABULARY} (256 bytes and {END_OF_TEXT}) and at most {_LARGEST_VOCABULARY:,}; write for "
+            f"instance 'bpe:{DEFAULT_VOCABULARY}'."
         )
     return int(number)
 
@@ -64,6 +68,19 @@ def load_tokenizer(
     vocabulary = bpe_vocabulary(spec)
     if vocabulary is not None:
         return _with_end(_cached_bpe(vocabulary, training_text, cache, status), spec)
+    return read_tokenizer(spec)
+
+
+def is_local(spec: str) -> bool:
+    """Whether `spec`, which is not `bpe`, names a file or folder on this machine, there or not, and none of the hub."""
+    return Path(spec).expanduser().exists() or spec.startswith((".", "/", "~")) or spec.endswith(".json")
+
+
+def read_tokenizer(spec: str) -> PreTrainedTokenizerBase:
+    """`load_tokenizer` of a `spec` for which nothing is trained.
+
+    Raises UserError where there is no such tokenizer, it has no end of text, or it is none of the fast kind.
+    """
     path = Path(spec).expanduser()
     if path.is_dir() and not (path / "tokenizer_config.json").exists() and (path / "tokenizer.json").exists():
         path = path / "tokenizer.json"
@@ -143,7 +160,7 @@ def _with_end(backend: tokenizers.Tokenizer, spec: str) -> PreTrainedTokenizerBa
 
 def _from_pretrained(spec: str, path: Path) -> PreTrainedTokenizerBase:
     local = path.is_dir()
-    if not local and (spec.startswith((".", "/", "~")) or spec.endswith(".json")):
+    if not local and is_local(spec):
         raise UserError(
             f"tokenizer={spec!r} does not exist (looked from {Path.cwd()}); correct the path, or give 'bpe'."
         )
