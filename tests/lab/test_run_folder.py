@@ -17,11 +17,12 @@ import pytest
 import torch
 import yaml
 from _lab import FINISHED, TINY, Cli, losses, optimizer_steps, options, records, sentences, summary, timeless
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorapre.lab.config import PretrainConfig, build_config
-from lorapre.lab.plots import COLOURS
+from lorapre.lab.plots import COLOURS, plot_loss
 from lorapre.lab.run_folder import RunFolder, write_atomically
 
 MAIN, TWIN = ".", "compare-adamw"
@@ -207,6 +208,23 @@ def test_the_figure_shows_the_run_and_its_twin(run: Path) -> None:
     assert {COLOURS[0], COLOURS[1]} <= colours(run / MAIN / "loss.png")
     assert COLOURS[0] in colours(run / TWIN / "loss.png")
     assert COLOURS[1] not in colours(run / TWIN / "loss.png")
+
+
+def test_the_figure_draws_as_many_runs_as_there_are_under_any_title(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: dict[str, tuple[str, str]] = {}
+    draw = Axes.plot
+
+    def record(self: Axes, *points: Any, **kwargs: Any) -> Any:
+        drawn[kwargs["label"]] = (kwargs["color"], kwargs["linestyle"])
+        return draw(self, *points, **kwargs)
+
+    monkeypatch.setattr(Axes, "plot", record)
+    runs: dict[str, Any] = {f"run {number}": [{"tokens": 100, "loss": 2.0}] for number in range(10)}
+    plot_loss(tmp_path / "loss.png", runs, bigram=1.0, title="llama-3m on a$_$.txt")
+    assert list(drawn) == [f"{name}, training" for name in runs]
+    assert len(set(drawn.values())) == 10
 
 
 @pytest.mark.parametrize("part", [MAIN, TWIN])

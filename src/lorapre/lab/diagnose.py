@@ -214,7 +214,7 @@ def plot_diagnostics(folder: RunFolder, title: str) -> None:
         corner.legend(
             handles, labels, loc="upper left", frameon=False, labelspacing=0.9, title="matrix", alignment="left"
         )
-        figure.suptitle(title, x=0.01, ha="left")
+        figure.suptitle(title, x=0.01, ha="left", parse_math=False)
         write_atomically(plot_path(folder), lambda temporary: figure.savefig(temporary, dpi=120))
 
 

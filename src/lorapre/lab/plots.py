@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from lorapre.lab.run_folder import write_atomically
 
 #: Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+#: What tells apart runs of one colour, once there are more than colours.
+_LINES = ("-", "-.", ":", (0, (1, 1, 4, 1)), (0, (8, 2)))
 
 
 def plot_loss(path: Path, runs: Mapping[str, list[dict[str, Any]]], *, bigram: float, title: str) -> None:
@@ -27,15 +31,24 @@ def plot_loss(path: Path, runs: Mapping[str, list[dict[str, Any]]], *, bigram: f
     with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
-        for colour, (label, records) in zip(COLOURS, runs.items(), strict=False):
+        styles = itertools.cycle(itertools.product(_LINES, COLOURS))
+        for (label, records), (line, colour) in zip(runs.items(), styles, strict=False):
             train = [(record["tokens"] / 1e6, record["loss"]) for record in records if "loss" in record]
             valid = [(record["tokens"] / 1e6, record["valid_loss"]) for record in records if "valid_loss" in record]
             if train:
-                axes.plot(*zip(*train, strict=True), color=colour, alpha=0.45, linewidth=1, label=f"{label}, training")
+                axes.plot(
+                    *zip(*train, strict=True),
+                    color=colour,
+                    linestyle=line,
+                    alpha=0.45,
+                    linewidth=1,
+                    label=f"{label}, training",
+                )
             if valid:
                 axes.plot(
                     *zip(*valid, strict=True),
                     color=colour,
+                    linestyle=line,
                     linewidth=2,
                     marker="o",
                     markersize=5,
@@ -44,7 +57,7 @@ def plot_loss(path: Path, runs: Mapping[str, list[dict[str, Any]]], *, bigram: f
         axes.axhline(bigram, color="#555555", linestyle="--", linewidth=1.2, label=f"bigram model ({bigram:.3f})")
         axes.set_xlabel("tokens (millions)")
         axes.set_ylabel("loss (nats a token)")
-        axes.set_title(title, loc="left")
+        axes.set_title(title, loc="left", parse_math=False)  # names of files, which may have dollar signs
         axes.set_xlim(left=0)
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
