@@ -60,6 +60,29 @@ def test_steps_replace_the_tokens_of_an_earlier_layer_and_the_other_way_round(
     assert (config.steps, config.tokens) == expected
 
 
+def test_another_optimizer_leaves_the_options_of_the_first_behind(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("optimizer: lorapre-adamw\noptions: {second_moment: full}\n")
+    assert build_config({}, config_file=path).options == {"second_moment": "full"}
+    assert build_config({"options": {"eps": 1.0}}, config_file=path).options == {"second_moment": "full", "eps": 1.0}
+    other = {"optimizer": "lorapre-muon"}
+    assert build_config(other, config_file=path).options == {}
+    assert build_config(other | {"options": {"eps": 1.0}}, config_file=path).options == {"eps": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"valid_fraction": 0.1, "valid_data": ["v.txt"]}, "--valid-fraction 0.1.*--valid-data v.txt.*Leave it out"),
+        ({"valid_fraction": 0.05, "data": ["hf"]}, "--valid-fraction 0.05.*--data hf:allenai/c4:en"),
+        ({"min_lr_ratio": 0.0, "schedule": "constant"}, "--min-lr-ratio 0.0.*cosine or linear"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        build_config(options)
+
+
 def test_steps_and_tokens_in_one_layer_exclude_each_other() -> None:
     with pytest.raises(UserError, match="--steps 5 and --tokens 100000 exclude each other"):
         build_config({"steps": 5, "tokens": 100_000})

@@ -149,6 +149,34 @@ def test_a_half_written_checkpoint_is_removed_and_not_resumed_from(
     assert_same_run(here / "run", alone)
 
 
+def test_what_a_run_killed_while_it_wrote_its_model_left_is_removed(pretrain: Cli, here: Path, alone: Path) -> None:
+    with cut_before_step(25):
+        pretrain(*RUN, "--save-every", "20", "--out", "run")
+    (here / "run" / ".model.tmp-1").mkdir()
+    (here / "run" / ".model.tmp-1" / "model.safetensors").write_bytes(b"half")
+    (here / "run" / ".loss.tmp-1.png").write_bytes(b"half")
+    assert pretrain("--resume", "--out", "run").code == 0
+    assert {path.name for path in (here / "run").iterdir()} == {path.name for path in alone.iterdir()}
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_named_and_without_it_the_run_goes_on(
+    pretrain: Cli, here: Path, alone: Path, file: str
+) -> None:
+    with cut_before_step(45):
+        pretrain(*RUN, "--save-every", "20", "--out", "run")
+    damaged = here / "run" / "checkpoints" / "checkpoint-40"
+    (damaged / file).write_bytes((damaged / file).read_bytes()[:200])
+    with optimizer_steps() as taken:
+        outcome = pretrain("--resume", "--out", "run")
+    assert outcome.code == 2
+    assert all(word in outcome.message for word in ("--resume", "checkpoint-40", "cannot be read", "Remove"))
+    assert taken == []
+    shutil.rmtree(damaged)
+    assert pretrain("--resume", "--out", "run").code == 0
+    assert_same_run(here / "run", alone)
+
+
 def test_a_last_line_of_metrics_that_was_cut_short_is_dropped(pretrain: Cli, here: Path, alone: Path) -> None:
     with cut_before_step(45):
         pretrain(*RUN, "--save-every", "20", "--out", "run")
@@ -228,7 +256,8 @@ def test_no_option_is_needed_to_resume_and_the_same_ones_may_be_repeated(
     ("arguments", "words"),
     [
         (["--lr", "0.125"], ["--lr 0.125", "None"]),
-        (["--steps", "5"], ["--steps 5", "began with 4"]),
+        (["--steps", "5"], ["--steps 5", "began with --steps 4"]),
+        (["--tokens", "640"], ["--tokens 640", "began with --steps 4"]),
         (["--batch-size", "4"], ["--batch-size 4", "began with 8"]),
         (["--optimizer", "adamw"], ["--optimizer adamw", "began with lorapre-adamw"]),
         (["--compare", "adamw"], ["--compare ['adamw']", "began with []"]),

@@ -48,7 +48,13 @@ class MetricsWriter(TrainerCallback):
         self._unit = unit
         self._seconds = previous[-1]["seconds"] if previous else 0.0
         self._running_since: float | None = None
+        self._began = False
         self._last_log = (previous[-1]["step"] if previous else 0, self._seconds)
+
+    @property
+    def began(self) -> bool:
+        """Whether this process has begun a step."""
+        return self._began
 
     @property
     def seconds(self) -> float:
@@ -62,6 +68,7 @@ class MetricsWriter(TrainerCallback):
         self._running_since = None
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._began = True
         if self._running_since is None:
             self._running_since = time.perf_counter()
 

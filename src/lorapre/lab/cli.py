@@ -13,7 +13,7 @@ import typer
 from lorapre.lab import cli_options as opt
 from lorapre.lab.cli_errors import explained
 from lorapre.lab.compare.command import compare
-from lorapre.lab.config import PretrainConfig, build_config, option_name, parse_options
+from lorapre.lab.config import PretrainConfig, build_config, option_name, parse_options, validated
 from lorapre.lab.errors import UserError
 from lorapre.lab.evaluate.command import evaluate
 from lorapre.lab.finetune.command import finetune
@@ -123,6 +123,10 @@ def optimizers() -> None:
     opt.standard_output().print(optimizer_table())
 
 
+#: Two ways to give the length of a run, of which the configuration takes one.
+_LENGTHS = ("steps", "tokens")
+
+
 def _resumed(out: Path | None, options: dict[str, Any], preset: str | None, config: Path | None) -> PretrainConfig:
     from lorapre.lab.optimizers import find_optimizer, read_options
     from lorapre.lab.pretrain import load_resumable
@@ -133,13 +137,22 @@ def _resumed(out: Path | None, options: dict[str, Any], preset: str | None, conf
         raise UserError("--resume: takes all options from the run's config.yaml. Leave --preset and --config out.")
     settings = load_resumable(out)
     given = read_options(find_optimizer(settings.optimizer), options.get("options", {}))
-    wanted = build_config(settings.model_dump(exclude_none=True) | options | {"options": {**settings.options, **given}})
+    recorded = settings.model_dump(exclude_none=True)
+    lengths = {name: recorded.pop(name) for name in _LENGTHS if name in recorded}
+    if not options.keys() & set(_LENGTHS):
+        recorded |= lengths
+    wanted = validated(
+        PretrainConfig,
+        [("the command line", recorded | options | {"options": {**settings.options, **given}})],
+    )
     for name in options:
         before, now = getattr(settings, name), getattr(wanted, name)
         if before != now:
+            # The length of a run may have been given by the other of two options.
+            began = [f"{option_name(length)} {value}" for length, value in lengths.items() if name in _LENGTHS]
             raise UserError(
-                f"{option_name(name)} {now}: the run in {out} began with {before}, and a resumed run keeps its "
-                "options. Leave it out, or start a new run with another --out."
+                f"{option_name(name)} {now}: the run in {out} began with {''.join(began) or before}, and a resumed "
+                "run keeps its options. Leave it out, or start a new run with another --out."
             )
     return settings
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,7 @@ def _way_on(out: Path, command: str) -> str:
 
     if not RunFolder(out).config.exists():
         return "Nothing was trained."
-    return f"What was complete is safe; go on with: lorapre {command} --resume --out {out}"
+    return f"What was complete is safe; go on with: lorapre {command} --resume --out {shlex.quote(str(out))}"
 
 
 def _disk_is_full(error: BaseException) -> bool:

@@ -192,16 +192,50 @@ def build_config(
 ) -> PretrainConfig:
     """Merge the defaults, a preset, a YAML file and ``options``, the later ones winning.
 
-    ``steps`` given in one layer replaces ``tokens`` of an earlier one, and the other way round.
+    ``steps`` given in one layer replaces ``tokens`` of an earlier one, and the other way round. A layer that changes
+    the optimizer leaves the ``options`` of earlier ones behind, which were the other optimizer's.
 
     Raises:
-        UserError: an unknown preset or key, an unreadable file, or a value out of range.
+        UserError: an unknown preset or key, an unreadable file, a value out of range, or one of ``options`` that
+            nothing reads.
     """
     layers = preset_layer(preset)
     if config_file is not None:
         layers.append((str(config_file), read_yaml(config_file)))
     layers.append(("the command line", options))
-    return validated(PretrainConfig, layers)
+    config = validated(PretrainConfig, _options_of_last_optimizer(layers))
+    _check_read(options, config)
+    return config
+
+
+def _options_of_last_optimizer(layers: Sequence[Layer]) -> list[Layer]:
+    kept: list[Layer] = []
+    before: Any = None
+    for source, layer in layers:
+        now = layer.get("optimizer")
+        if before is not None and now is not None and now != before:
+            kept = [
+                (origin, {name: earlier[name] for name in earlier if name != "options"}) for origin, earlier in kept
+            ]
+        before = before if now is None else now
+        kept.append((source, layer))
+    return kept
+
+
+def _check_read(given: Mapping[str, Any], config: PretrainConfig) -> None:
+    """Refuse what was ``given`` though ``config`` does not read it."""
+    hub = any(entry.startswith("hf:") for entry in config.data)
+    if "valid_fraction" in given and (config.valid_data or hub):
+        instead = f"--valid-data {' '.join(config.valid_data)}" if config.valid_data else f"--data {config.data[0]}"
+        raise UserError(
+            f"--valid-fraction {config.valid_fraction}: holds nothing out, as {instead} has its own documents to "
+            "validate on. Leave it out."
+        )
+    if "min_lr_ratio" in given and config.schedule == "constant":
+        raise UserError(
+            f"--min-lr-ratio {config.min_lr_ratio}: --schedule constant does not fall. Leave it out, or choose cosine "
+            "or linear."
+        )
 
 
 def preset_layer(preset: str | None) -> list[Layer]:

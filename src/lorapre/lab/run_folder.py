@@ -152,6 +152,8 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         """The newest complete checkpoint, after removing what an interruption left half-written."""
+        for temporary in self.path.glob(".*.tmp-*"):  # of `write_atomically`, in a process that was killed
+            _remove(temporary)
         complete: list[tuple[int, Path]] = []
         for folder in self.checkpoints.glob("checkpoint-*"):
             if (folder / COMPLETE_MARKER).exists():

@@ -27,6 +27,7 @@ from lorapre.lab.callbacks import (
 from lorapre.lab.config import PretrainConfig
 from lorapre.lab.data import BlockDataset, TextCorpus
 from lorapre.lab.diagnose import diagnostics_writer, plot_diagnostics
+from lorapre.lab.errors import UserError
 from lorapre.lab.optimizers import find_optimizer, matrix_parameters, matrix_state_bytes
 from lorapre.lab.optimizers.measure import adamw_state_bytes, state_bytes
 from lorapre.lab.plots import plot_loss
@@ -265,12 +266,24 @@ def starting_point(
 
 
 def run_trainer(trainer: Trainer, checkpoint: Path | None, bar: ProgressBar, metrics: MetricsWriter) -> None:
-    """Train to the end, from ``checkpoint`` if there is one; the peak of the GPU's memory is counted from here."""
+    """Train to the end, from ``checkpoint`` if there is one; the peak of the GPU's memory is counted from here.
+
+    Raises:
+        UserError: ``checkpoint`` cannot be read.
+    """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     try:
         with contextlib.suppress(AlreadyTrained):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except Exception as error:  # of torch, safetensors, json: each file of a checkpoint fails in its own way
+        if checkpoint is None or metrics.began or isinstance(error, UserError):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"--resume: the checkpoint {checkpoint} cannot be read ({reason}). Remove this folder to go on from the "
+            "checkpoint before it, or from the beginning where there is none."
+        ) from error
     finally:
         bar.stop()
     metrics.pause()
