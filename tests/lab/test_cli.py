@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import typer.rich_utils
 from _lab import Cli, exit_code, summary, tree, write_text
 from rich.cells import cell_len
@@ -196,6 +197,20 @@ def test_a_dry_run_refuses_what_the_run_would(pretrain: Cli, here: Path, argumen
     outcome = pretrain("--dry-run", *arguments)
     assert outcome.code == 2
     assert word in outcome.message
+
+
+@pytest.mark.parametrize("flag", [[], ["--dry-run"]])
+def test_a_machine_that_cannot_compile_is_told_before_anything_is_read(
+    pretrain: Cli, here: Path, tiny: list[str], monkeypatch: pytest.MonkeyPatch, flag: list[str]
+) -> None:
+    def fail(function: Any) -> Any:
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    outcome = pretrain(*tiny, "--compile", "--out", "run", *flag)
+    assert outcome.code == 2
+    assert all(word in outcome.message for word in ("--compile", "No working C++ compiler", "leave it out"))
+    assert not (here / "run").exists()
 
 
 def test_a_log_file_gets_ten_lines_of_progress_for_each_optimizer(finished: tuple[Path, str]) -> None:

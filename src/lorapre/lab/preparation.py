@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 
@@ -62,8 +63,28 @@ def plan_run(config: PretrainConfig, processes: int = 1) -> Plan:
             f"--batch-size {config.batch_size}: cannot be split into --accumulation {config.accumulation} x "
             f"{processes} process(es) equal parts. Give a multiple of {pieces}."
         )
+    if config.compile:
+        _check_compiler()
     tokenizer = config.tokenizer or model.checkpoint or (model.default_tokenizer if kind != "hub" else None)
     return Plan(config, model, tokenizer, config.batch_size // pieces, diagnose)
+
+
+def _check_compiler() -> None:
+    """Compile a sum on the device that is trained on; where a compiler is missing that shows in the first use only.
+
+    Raises:
+        UserError: it cannot be compiled.
+    """
+    # Not `current_accelerator` alone: without a GPU it still names the one that torch was built for.
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    try:
+        torch.compile(torch.add)(torch.ones(2, device=device or "cpu"), 1)
+    except Exception as error:  # of dynamo, inductor, triton or the compiler itself
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"--compile: torch.compile does not work on this machine ({reason}). Install what is missing, such as a "
+            "C++ compiler, or leave it out."
+        ) from error
 
 
 def load_planned_corpus(plan: Plan, console: Console) -> TextCorpus:
