@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 from _lab import TINY, Cli, losses, options, write_model
+from rich.console import Console
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from lorapre.lab.config import build_config
 from lorapre.lab.errors import UserError
 from lorapre.lab.models import LLAMAS, resolve_model
+from lorapre.lab.preparation import load_planned_corpus, plan_run
 
 # GaLore's configurations: hidden, MLP, layers, heads, and the size in millions that follows.
 PUBLISHED = {
@@ -133,6 +137,18 @@ def test_a_preset_ends_its_texts_as_its_tokenizer_does(tmp_path: Path) -> None:
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / name).read_text())["eos_token_id"] == 299
     assert resolve_model(str(write_model(tmp_path / "tiny.json"))).with_vocabulary(300, 299, 5).config.eos_token_id == 0
+
+
+def test_a_run_fits_a_preset_to_the_ids_and_the_end_of_its_tokenizer(here: Path) -> None:
+    words = {"[unk]": 0, "the": 1, "<|endoftext|>": 70}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "[unk]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.save("words.json")
+    given = {"model": "llama-1m", "data": ["text.txt"], "tokenizer": "words.json", "sequence_length": 16}
+    plan = plan_run(build_config(given))
+    corpus = load_planned_corpus(plan, Console(quiet=True))
+    assert (plan.model.config.vocab_size, plan.model.config.eos_token_id) == (71, 70)
+    assert 0 < corpus.bigram_cross_entropy() < 1
 
 
 def test_what_a_checkpoint_lacks_follows_from_the_seed(tmp_path: Path) -> None:

@@ -149,6 +149,12 @@ def test_a_half_written_checkpoint_is_removed_and_not_resumed_from(
     assert_same_run(here / "run", alone)
 
 
+def test_the_command_to_go_on_with_quotes_the_folder(pretrain: Cli, tiny: list[str], here: Path) -> None:
+    with cut_before_step(2):
+        outcome = pretrain(*tiny, "--out", "my run")
+    assert "lorapre pretrain --resume --out 'my run'" in outcome.out
+
+
 def test_what_a_run_killed_while_it_wrote_its_model_left_is_removed(pretrain: Cli, here: Path, alone: Path) -> None:
     with cut_before_step(25):
         pretrain(*RUN, "--save-every", "20", "--out", "run")
