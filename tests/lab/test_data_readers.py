@@ -99,6 +99,11 @@ def test_an_undecodable_byte_is_named_with_its_offset(tmp_path: Path, packing: s
     assert "iconv" in text
 
 
+def test_text_in_utf_16_is_told_apart_from_latin1(tmp_path: Path) -> None:
+    assert "iconv -f utf-16 -t utf-8" in message(write(tmp_path / "a.txt", "words\n".encode("utf-16")))
+    assert "iconv -f latin1 -t utf-8" in message(write(tmp_path / "a.txt", b"\xff words"))
+
+
 def test_an_undecodable_byte_in_json_lines(tmp_path: Path) -> None:
     text = message(write(tmp_path / "a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n'))
     assert "0xff at offset 24" in text

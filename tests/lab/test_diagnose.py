@@ -165,6 +165,17 @@ def test_a_checkpoint_without_the_dense_momenta_is_not_resumed_from(
     assert all(word in outcome.message for word in ("--diagnose 2", "checkpoint-5", "diagnose: null")), outcome.message
 
 
+@pytest.mark.usefixtures("sketched")
+def test_damaged_dense_momenta_are_named_with_their_checkpoint(pretrain: Cli, here: Path) -> None:
+    with cut_before_step(8):
+        pretrain(*RUN, "--diagnose", "2", "--out", "run")
+    state = here / "run" / "checkpoints" / "checkpoint-5" / "diagnostics.pt"
+    state.write_bytes(state.read_bytes()[:200])
+    outcome = pretrain("--resume", "--out", "run")
+    assert outcome.code == 2
+    assert all(word in outcome.message for word in ("checkpoint-5", "cannot be read", "Remove")), outcome.message
+
+
 def test_resuming_with_another_interval_is_refused(pretrain: Cli, here: Path) -> None:
     with cut_before_step(3):
         pretrain(*RUN, "--diagnose", "2", "--out", "run")

@@ -27,7 +27,7 @@ from lorapre.lab.errors import UserError
 from lorapre.lab.optimizers import OPTIMIZERS
 from lorapre.lab.optimizers.hybrid import parts_of
 from lorapre.lab.plots import COLOURS
-from lorapre.lab.run_folder import RunFolder, write_atomically, write_text
+from lorapre.lab.run_folder import RunFolder, damaged_checkpoint, write_atomically, write_text
 from lorapre.optim.base import FactoredOptimizer
 from lorapre.routing import matrix_view
 
@@ -114,7 +114,10 @@ class DiagnosticsWriter(TrainerCallback):
                     f"--diagnose {every}: {checkpoint} has no {STATE_FILE}, so it was written without this option. Set "
                     "`diagnose: null` in the run's config.yaml, or start a new run."
                 )
-            self._state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+            try:
+                self._state = torch.load(checkpoint / STATE_FILE, map_location="cpu", weights_only=True)
+            except Exception as error:  # of zipfile, pickle and torch
+                raise damaged_checkpoint(checkpoint, error) from error
         kept = [row for row in read_rows(folder) if row["step"] <= done]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 

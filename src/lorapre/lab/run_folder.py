@@ -52,6 +52,15 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def damaged_checkpoint(checkpoint: Path, error: Exception) -> UserError:
+    """What to say where a file of ``checkpoint`` cannot be read for ``error``."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return UserError(
+        f"--resume: the checkpoint {checkpoint} cannot be read ({reason}). Remove this folder to go on from the "
+        "checkpoint before it, or from the beginning where there is none."
+    )
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths within one run's folder, and its state; ``command`` is the one that makes it and goes on with it."""

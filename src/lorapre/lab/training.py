@@ -31,7 +31,7 @@ from lorapre.lab.errors import UserError
 from lorapre.lab.optimizers import find_optimizer, matrix_parameters, matrix_state_bytes
 from lorapre.lab.optimizers.measure import adamw_state_bytes, state_bytes
 from lorapre.lab.plots import plot_loss
-from lorapre.lab.run_folder import RunFolder, write_atomically, write_json
+from lorapre.lab.run_folder import RunFolder, damaged_checkpoint, write_atomically, write_json
 from lorapre.lab.timing import StepTimer, peak_bytes
 
 
@@ -279,11 +279,7 @@ def run_trainer(trainer: Trainer, checkpoint: Path | None, bar: ProgressBar, met
     except Exception as error:  # of torch, safetensors, json: each file of a checkpoint fails in its own way
         if checkpoint is None or metrics.began or isinstance(error, UserError):
             raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(
-            f"--resume: the checkpoint {checkpoint} cannot be read ({reason}). Remove this folder to go on from the "
-            "checkpoint before it, or from the beginning where there is none."
-        ) from error
+        raise damaged_checkpoint(checkpoint, error) from error
     finally:
         bar.stop()
     metrics.pause()

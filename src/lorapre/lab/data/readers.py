@@ -8,6 +8,7 @@ first unpacked into an unnamed temporary file, since Parquet is read from its en
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import json
@@ -90,9 +91,14 @@ def decode(raw: bytes, path: Path, start: int) -> str:
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} is not valid UTF-8: byte 0x{raw[error.start]:02x} at offset {start + error.start:,} "
-            f"({error.reason}); convert the file, for instance with `iconv -f latin1 -t utf-8`, or leave it out "
-            "of the data."
+            f"({error.reason}); convert the file, for instance with `iconv -f {_guess(raw, start)} -t utf-8`, "
+            "or leave it out of the data."
         ) from error
+
+
+def _guess(raw: bytes, start: int) -> str:
+    """What text that is not UTF-8 is most likely: UTF-16 by its byte order mark, else of one byte a character."""
+    return "utf-16" if start == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
 
 
 def _say(error: Exception) -> str:
