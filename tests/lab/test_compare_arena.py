@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM
 
 from lorapre.lab import timing
 from lorapre.lab.compare import arena
+from lorapre.lab.compare.collect import collect
 from lorapre.lab.compare.folder import ArenaFolder
 from lorapre.lab.compare.plan import SEARCHES, Job, Planner
 from lorapre.lab.compare.pool import ProcessPool, Slot, slots
@@ -146,6 +147,10 @@ def test_more_optimizers_and_seeds_add_their_runs_alone(small: Path, here: Path,
     assert sum("seed1" in name for name in added if not name.startswith("muon/")) == 2
     assert len(added) == 6
     assert [table(small)[key]["seeds"] for key in ("adamw", "muon")] == [[0, 1]] * 2
+    # Fewer again, in figures as in rows; and --diagnose 0 is the training that it began with.
+    assert compare(*SMALL, "--diagnose", "0", "--out", str(small)).code == 0
+    assert [row["seeds"] for row in table(small).values()] == [[0]] * 2
+    assert {run.seed for run in collect(ArenaFolder(small)).runs} == {0}
 
 
 def test_a_killed_comparison_goes_on_and_repeats_no_finished_run(here: Path, compare: Compare) -> None:
@@ -282,18 +287,28 @@ def test_shared_devices_are_timed_afterwards_alone(
     row = table(here / "out")["adamw"]
     assert row["step_ms"] == json.loads(timing.read_text())["optimizer_ms"]
     assert all(outcome.shared_device for outcome in ArenaFolder(here / "out").runs.outcomes().values())
+    # A timing that failed is made again too.
+    timing.unlink()
+    record_failure(timing.parent, "failed", "out of memory")
+    again = [*SMALL, "--optimizers", "adamw", "--lr-grid", "x1", "--out", "out"]
+    assert compare(*again).code == 0
+    assert table(here / "out")["adamw"]["step_ms"] is None
+    assert compare(*again, "--retry-failed").code == 0
+    assert table(here / "out")["adamw"]["step_ms"] is not None
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--optimizers", "adam"], "--optimizers adam: there is no such optimizer"),
-        (["--optimizers", "galore-ours@64"], "no matrix of --model tiny.json has a smaller side above it"),
+        (["--optimizers", "galore-ours@64"], "--optimizers galore-ours@64: no matrix of --model tiny.json has a"),
+        (["--optimizers", "galore-ours", "--rank", "64"], "--rank 64: no matrix of --model tiny.json has a smaller"),
+        (["--optimizers", ","], "names nobody. Give names of `lorapre optimizers`"),
         (["--lr-grid", "fast"], "--lr-grid fast: is no grid"),
         (["--seeds", "0"], "--seeds 0: must be"),
         (["--search", "deep"], "--search deep: must be"),
         (["--budget", "soon"], "--budget soon: is no length of time"),
-        (["--render"], "holds no comparison"),
+        (["--render"], "--render: shows the runs in out as they were asked for, which --model, --data,"),
         (["--batch-size", "400"], "fewer than --batch-size"),
     ],
 )
@@ -311,6 +326,14 @@ def test_another_training_in_the_same_folder_is_refused(small: Path, here: Path,
     assert ended.code == 2
     assert "--warmup 0.5: the comparison in" in ended.message
     assert "began with 0.1" in ended.message
+    ended = compare(*SMALL, "--dense-lr", "0.5", "--out", str(small))
+    assert "--dense-lr 0.5: the comparison in" in ended.message
+    assert "began without it" in ended.message
+
+
+def test_there_is_nothing_to_render_where_no_comparison_is(here: Path, compare: Compare) -> None:
+    ended = compare("--render", "--out", "out")
+    assert (ended.code, "holds no comparison" in ended.message) == (2, True)
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(here: Path, compare: Compare) -> None:

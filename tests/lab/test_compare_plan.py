@@ -137,6 +137,21 @@ def test_the_runs_do_not_depend_on_the_order_in_which_they_end(search: SearchNam
         assert made(play(plan, valley(8e-3), shuffle=random.Random(number))) == expected
 
 
+def test_seeds_go_to_the_best_rate_of_an_earlier_sessions_grid_too() -> None:
+    # The table shows the best of all rates that were tried in full: its seeds are the ones that are wanted.
+    losses: dict[Job, float | None] = {Job("x", 5e-4, 0, 40): 1.0}
+    losses |= {Job("x", lr, 0, 40): valley(2e-3)(Job("x", lr, 0, 40)) for lr in GRID}
+    plan = planner("grid", seeds=2)
+    assert [ask.job for ask in plan.asks(losses)] == [Job("x", 5e-4, 1, 40)]
+    assert plan.choice(losses).lr == 5e-4
+
+
+def test_of_two_rates_that_end_alike_the_lower_is_chosen_whatever_their_order() -> None:
+    losses: dict[Job, float | None] = {Job("x", lr, 0, 40): 2.0 for lr in GRID}
+    for found in (losses, dict(reversed(losses.items()))):
+        assert planner("grid").choice(found).lr == 1e-3
+
+
 def test_searches_are_more_urgent_than_seeds_and_seeds_come_in_order() -> None:
     plan = planner(seeds=3)
     losses: dict[Job, float | None] = {}

@@ -90,6 +90,18 @@ def test_a_row_averages_the_seeds_at_the_chosen_rate() -> None:
     assert row.matrix_state_bytes == row.formula_bytes == 600
 
 
+def test_a_seed_that_broke_off_at_the_chosen_rate_is_told() -> None:
+    row = rows(
+        [
+            outcome("adamw", 2e-3, [9.0], steps=40, status="diverged"),
+            outcome("adamw", 1e-3, [3.0]),
+            outcome("adamw", 1e-3, [math.nan], seed=1, status="diverged"),
+        ]
+    )["adamw"]
+    assert (row.status, row.seeds, row.loss) == ("finished", (0,), 3.0)
+    assert row.reason == "seed 1 diverged: why"
+
+
 def test_one_seed_has_no_spread() -> None:
     assert rows([outcome("adamw", 1e-3, [3.0])])["adamw"].loss_spread is None
 
@@ -209,6 +221,7 @@ def test_matched_bytes_are_the_most_that_fit(model: LlamaForCausalLM, other: str
         (["galore-ours@1/0"], "'1/0' is no rank"),
         (["galore-ours@=adafactor"], "even at rank 1 galore-ours holds more"),
         (["galore-ours@=nothing"], "nothing: there is no such optimizer"),
+        (["galore-ours@="], "--optimizers galore-ours@=: names nobody to match. Write galore-ours@=adamw"),
     ],
 )
 def test_impossible_contestants_are_refused(model: LlamaForCausalLM, specs: list[str], message: str) -> None:
@@ -248,7 +261,16 @@ def test_grids_are_automatic_rates_or_multiples() -> None:
     assert grid("x2,x0.5") == pytest.approx((entry.default_lr / 2, entry.default_lr * 2))
 
 
-@pytest.mark.parametrize("text", ["", "1e-3,", "fast", "x1,2e-3", "0", "-1", "1e-3,1e-3", "nan", "xinf"])
+def test_a_multiple_and_the_rate_that_it_is_are_one_run() -> None:
+    entry = OPTIMIZERS["lorapre-lion"]
+    assert 3 * entry.default_lr != 6e-4  # by one bit: the run would be made twice, in one folder
+    for text in ("x3", "6e-4"):
+        assert build_compare_config({}, {"lr_grid": text}, preset=None, config_file=None).grid(entry) == (6e-4,)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1e-3,", "fast", "x1,2e-3", "0", "-1", "1e-3,1e-3", "1e-3,1.0000001e-3", "nan", "xinf"]
+)
 def test_what_is_no_grid_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no grid"):
         parse_grid(text)

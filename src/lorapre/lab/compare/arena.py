@@ -18,7 +18,7 @@ from lorapre.lab.compare.pool import ProcessPool, Slot, slots
 from lorapre.lab.compare.progress import ArenaProgress
 from lorapre.lab.compare.runs import RunStore, losses_of, record_failure
 from lorapre.lab.compare.worker import Assignment, run_assignment
-from lorapre.lab.config import PretrainConfig, read_yaml
+from lorapre.lab.config import PretrainConfig, option_name, read_yaml
 from lorapre.lab.data import TextCorpus
 from lorapre.lab.errors import UserError
 from lorapre.lab.optimizers import check_rank_compresses, find_optimizer
@@ -56,6 +56,7 @@ def run_comparison(
     if retry_failed:
         arena.folder.runs.forget_failures()
         arena.folder.trials.forget_failures()
+        arena.folder.timings.forget_failures()
     arena.run()
 
 
@@ -71,9 +72,10 @@ class Arena:
         self._plan = plan_run(config.training)
         meta = self._plan.model.build(config.training.seed, device="meta")
         self.contestants = parse_contestants(config.optimizers, config.training.rank, meta)
-        for contestant in self.contestants:
+        for spec, contestant in zip(config.optimizers, self.contestants, strict=True):
             if contestant.rank is not None:
-                check_rank_compresses(meta, config.training.model_copy(update={"rank": contestant.rank}))
+                at_rank = config.training.model_copy(update={"rank": contestant.rank})
+                check_rank_compresses(meta, at_rank, f"--optimizers {spec}" if "@" in spec else None)
         _check_something_to_measure(config, self.contestants)
         self._by_key = {contestant.key: contestant for contestant in self.contestants}
         self._corpus, self._bigram = self._open()
@@ -296,10 +298,18 @@ def _check_something_to_measure(config: CompareConfig, contestants: tuple[Contes
 
 def _check_same_training(path: Path, training: PretrainConfig) -> None:
     before = read_yaml(ArenaFolder(path).config).get("training", {})
+    if not before.get("diagnose"):
+        before = {**before, "diagnose": None}  # 0 and none are one
     now: dict[str, Any] = json.loads(training.model_dump_json())
     for name, value in now.items():
         if name in before and before[name] != value:
+            option = option_name(name)
+            began = "without it" if before[name] in (None, []) else f"with {_shown(before[name])}"
             raise UserError(
-                f"--{name.replace('_', '-')} {value}: the comparison in {path} began with {before[name]}, and all of "
-                "its runs must share their training. Give the same, or another --out."
+                f"{f'without {option}' if value in (None, []) else f'{option} {_shown(value)}'}: the comparison in "
+                f"{path} began {began}, and all of its runs must share their training. Give the same, or another --out."
             )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

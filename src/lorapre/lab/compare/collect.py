@@ -44,7 +44,12 @@ def collect(folder: ArenaFolder) -> Comparison:
         environment=_environment(plan),
         bigram_loss=plan["bigram_loss"],
         rows=rows,
-        runs=tuple(outcome.to_run() for job, outcome in outcomes.items() if job.contestant in keys),
+        # An earlier session may have made more seeds than this one asks for: the rows leave them out, figures too.
+        runs=tuple(
+            outcome.to_run()
+            for job, outcome in outcomes.items()
+            if job.contestant in keys and job.seed in config.seed_list()
+        ),
         notes=(*plan["notes"], *_incomplete(planners, outcomes, plan)),
         momentum=momentum_curves(rows, planners, folder.runs),
     )

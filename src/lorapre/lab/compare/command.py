@@ -111,6 +111,7 @@ def compare(
     from lorapre.lab.compare.arena import run_comparison
     from lorapre.lab.compare.config import build_compare_config
     from lorapre.lab.compare.contestants import split_names
+    from lorapre.lab.config import option_name
 
     comparison = {
         "optimizers": None if optimizers is None else split_names(optimizers),
@@ -126,6 +127,13 @@ def compare(
     if render:
         if out is None:
             raise UserError("--render: of which comparison? Give its folder with --out.")
+        others = {**training, **comparison, "preset": preset, "config": config, "retry_failed": retry_failed or None}
+        idle = ", ".join(option_name(name) for name, value in others.items() if value is not None)
+        if idle:
+            raise UserError(
+                f"--render: shows the runs in {out} as they were asked for, which {idle} would not change. Give --out "
+                "alone, or leave --render out."
+            )
         _report(ArenaFolder(out), console)
         return
     given = {name: value for name, value in comparison.items() if value is not None}

@@ -34,13 +34,20 @@ class CompareConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     training: PretrainConfig
-    optimizers: list[str] = Field(default=list(DEFAULT_OPTIMIZERS), min_length=1)
+    optimizers: list[str] = list(DEFAULT_OPTIMIZERS)
     lr_grid: str = "auto"
     seeds: Annotated[int, Field(ge=1, le=100)] = 1
     search: SearchName | None = None
     budget: str | None = None
     validations: Annotated[int, Field(ge=1)] = VALIDATIONS
     jobs_per_device: Annotated[int, Field(ge=1)] = 1
+
+    @field_validator("optimizers")
+    @classmethod
+    def _somebody(cls, names: list[str]) -> list[str]:
+        if not names:
+            raise ValueError("names nobody. Give names of `lorapre optimizers`, separated by commas")
+        return names
 
     @field_validator("budget")
     @classmethod
@@ -70,7 +77,7 @@ class CompareConfig(BaseModel):
         if kind == "auto":
             return entry.lr_grid
         rates = numbers if kind == "rates" else tuple(number * entry.default_lr for number in numbers)
-        return tuple(sorted(rates))
+        return tuple(sorted(map(_six_digits, rates)))
 
     @property
     def grid_grows(self) -> bool:
@@ -114,7 +121,7 @@ def parse_grid(text: str) -> tuple[str, tuple[float, ...]]:
     parts = [part.strip() for part in text.split(",")]
     multiples = all(part.startswith("x") for part in parts)
     try:
-        numbers = tuple(float(part[1:] if multiples else part) for part in parts)
+        numbers = tuple(_six_digits(float(part[1:] if multiples else part)) for part in parts)
     except ValueError:
         numbers = ()
     if not numbers or not all(0 < number < float("inf") for number in numbers) or len(set(numbers)) < len(numbers):
@@ -123,6 +130,11 @@ def parse_grid(text: str) -> tuple[str, tuple[float, ...]]:
             "multiples of each one's default (x0.5,x1,x2)"
         )
     return ("multiples" if multiples else "rates"), numbers
+
+
+def _six_digits(number: float) -> float:
+    """As runs' folders write it: x3 of 2e-4 is 6e-4, not 6.000000000000001e-4 beside it in the same folder."""
+    return float(f"{number:.6g}")
 
 
 def build_compare_config(
@@ -149,7 +161,8 @@ def build_compare_config(
     default_layer: list[Layer] = [] if preset or of_training else [("the defaults", DEFAULT_JOB)]
     command_layer: list[Layer] = [("the command line", training)]
     base = validated(PretrainConfig, [*default_layer, *preset_layer(preset), *file_layer, *command_layer])
-    base = base.model_copy(update={name: PretrainConfig.model_fields[name].get_default() for name in SET_BY_COMPARISON})
+    own = {name: PretrainConfig.model_fields[name].get_default() for name in SET_BY_COMPARISON}
+    base = base.model_copy(update={**own, "diagnose": base.diagnose or None})  # 0 is the same training as none
     plain = not (training or preset or config_file)
     search_layer: list[Layer] = [("the defaults", DEFAULT_SEARCH)] if plain else []
     together: Layer = ("the training", {"training": base})

@@ -94,6 +94,8 @@ def _parse(spec: str, default_rank: int | float, model: nn.Module) -> Contestant
     if at and not entry.ranked:
         raise UserError(f"{origin}: {name} has no rank. Write {head}.")
     rank = default_rank
+    if text == MATCH:
+        raise UserError(f"{origin}: names nobody to match. Write {head}@=adamw, for instance.")
     if text.startswith(MATCH):
         other = _parse(text[len(MATCH) :], default_rank, model)
         rank = _rank_of_equal_bytes(spec, entry, options, other, model)

@@ -111,8 +111,8 @@ class Planner:
     def _job(self, lr: float, seed: int, steps: int) -> Job:
         return Job(self.contestant, lr, seed, steps)
 
-    def _search(self, losses: Losses) -> tuple[list[Ask], list[float]]:
-        """What the search still asks for, and the rates of its last rung, best first, once it asks for nothing."""
+    def _search(self, losses: Losses) -> list[Ask]:
+        """What the search still asks for."""
         rates: list[float] = list(self.grid)
         for number, rung in enumerate(self.search.rungs):
             steps = self.rung_steps(rung)
@@ -122,7 +122,7 @@ class Planner:
             while True:
                 missing = [lr for lr in rates if self._job(lr, self.seeds[0], steps) not in losses]
                 if missing:
-                    return [Ask(self._job(lr, self.seeds[0], steps), number) for lr in missing], []
+                    return [Ask(self._job(lr, self.seeds[0], steps), number) for lr in missing]
                 ranked = sorted(rates, key=lambda lr: _rank_key(losses[self._job(lr, self.seeds[0], steps)]))
                 finished = [lr for lr in ranked if losses[self._job(lr, self.seeds[0], steps)] is not None]
                 # Short runs misjudge the rates of long ones: from the best two on, full length decides anew.
@@ -133,7 +133,7 @@ class Planner:
                 rates.append(beyond)
                 extensions += 1
             rates = finished
-        return [], rates
+        return []
 
     def _beyond(self, rates: Sequence[float], finished: Sequence[float]) -> float | None:
         """One more rate outside the grid where the best of it lies at its edge."""
@@ -148,11 +148,13 @@ class Planner:
 
     def asks(self, losses: Losses) -> list[Ask]:
         """The jobs that can be run now, all of them; empty when the contestant is done."""
-        asks, rates = self._search(losses)
-        if asks or not rates:
+        asks = self._search(losses)
+        # The rate that the table will show: an earlier session's, of another grid, may be better than all of this one.
+        lr = self.choice(losses).lr
+        if asks or lr is None:
             return asks
         last = len(self.search.rungs)
-        jobs = [self._job(rates[0], seed, self.steps) for seed in self.seeds]
+        jobs = [self._job(lr, seed, self.steps) for seed in self.seeds]
         return [Ask(job, last + number) for number, job in enumerate(jobs) if job not in losses]
 
     def choice(self, losses: Losses) -> Choice:
@@ -165,7 +167,7 @@ class Planner:
                 reached[job.lr] = (job.steps, loss)
         # A rate that was best on the way but broke off at full length is not the choice.
         whole = {lr: loss for lr, (steps, loss) in reached.items() if steps == self.steps and loss is not None}
-        best = min(whole, key=lambda lr: whole[lr], default=None)
+        best = min(whole, key=lambda lr: (whole[lr], lr), default=None)  # whatever the order in which they ended
         edge = best is not None and len(reached) > 1 and best in (min(reached), max(reached))
         return Choice(best, tuple((lr, reached[lr][1]) for lr in sorted(reached)), edge)
 

@@ -80,7 +80,7 @@ class Row:
         tokens_per_s: training, validation not counted.
         tokens_to_adamw: tokens after which the loss was at or below AdamW's final loss; None if never.
         limitations: from the registry.
-        reason: why it failed or diverged, empty otherwise.
+        reason: why it failed or diverged, or why those seeds did that are not in ``seeds``; empty otherwise.
     """
 
     contestant: str

@@ -34,32 +34,36 @@ def build_rows(
     losses = losses_of(outcomes)
     choices = {c.key: planners[c.key].choice(losses) for c in contestants}
     chosen = {c.key: _chosen_runs(planners[c.key], choices[c.key], outcomes) for c in contestants}
-    reference = _mean([outcome.loss for outcome in chosen.get(REFERENCE, ())])
+    reference = _mean([outcome.loss for outcome in _finished(chosen.get(REFERENCE, ()))])
     rows = [_row(c, choices[c.key], chosen[c.key], outcomes, timings, reference) for c in contestants]
     return tuple(sorted(rows, key=lambda row: (row.loss is None, row.loss or 0.0)))
 
 
 def _chosen_runs(planner: Planner, choice: Choice, outcomes: Mapping[Job, Outcome]) -> list[Outcome]:
-    """The finished runs of full length at the chosen rate, in the order of the seeds."""
+    """The runs of full length at the chosen rate that have ended, in the order of the seeds."""
     if choice.lr is None:
         return []
     jobs = (Job(planner.contestant, choice.lr, seed, planner.steps) for seed in planner.seeds)
-    found = (outcomes[job] for job in jobs if job in outcomes)
-    return [outcome for outcome in found if outcome.status == "finished"]
+    return [outcomes[job] for job in jobs if job in outcomes]
+
+
+def _finished(ended: Sequence[Outcome]) -> list[Outcome]:
+    return [outcome for outcome in ended if outcome.status == "finished"]
 
 
 def _row(
     contestant: Contestant,
     choice: Choice,
-    runs: Sequence[Outcome],
+    ended: Sequence[Outcome],
     outcomes: Mapping[Job, Outcome],
     timings: Mapping[Job, Outcome],
     reference: float | None,
 ) -> Row:
     entry = OPTIMIZERS[contestant.optimizer]
+    runs = _finished(ended)
     losses = [outcome.loss for outcome in runs if outcome.loss is not None]
     loss = _mean(losses)
-    status, reason = _status(contestant.key, runs, outcomes)
+    status, reason = _status(contestant.key, ended, outcomes)
     # Where several runs shared a device, their times say more about each other than about the optimizer.
     alone = [outcome for outcome in runs if not outcome.shared_device]
     alone = alone or [timing for job, timing in timings.items() if job.contestant == contestant.key and timing.summary]
@@ -92,9 +96,11 @@ def _row(
     )
 
 
-def _status(key: str, runs: Sequence[Outcome], outcomes: Mapping[Job, Outcome]) -> tuple[Status, str]:
-    if runs:
-        return "finished", ""
+def _status(key: str, ended: Sequence[Outcome], outcomes: Mapping[Job, Outcome]) -> tuple[Status, str]:
+    if _finished(ended):
+        # The mean is over the seeds that finished: that others broke off is half of the result.
+        short = [outcome for outcome in ended if outcome.status != "finished"]
+        return "finished", "; ".join(f"seed {run.job.seed} {run.status}: {run.reason}" for run in short)
     broken = [outcome for job, outcome in outcomes.items() if job.contestant == key and outcome.status != "finished"]
     if not broken:
         return "missing", "no run of full length has been made yet"

@@ -73,8 +73,10 @@ def matrix_state_bytes(
     return total
 
 
-def check_rank_compresses(model: nn.Module, config: PretrainConfig) -> None:
+def check_rank_compresses(model: nn.Module, config: PretrainConfig, origin: str | None = None) -> None:
     """Make sure that the rank is below some matrix of ``model`` (which may be on the meta device).
+
+    ``origin`` is where it was given, for the message; ``--rank`` where it is None.
 
     Raises:
         UserError: nothing would be compressed.
@@ -90,8 +92,8 @@ def check_rank_compresses(model: nn.Module, config: PretrainConfig) -> None:
         views = [view for shape, view_3d in shapes if (view := matrix_view(shape, 1, view_3d)) is not None]
         largest = max((min(view.p, view.q) for view in views), default=0)
         raise UserError(
-            f"--rank {config.rank}: no matrix of --model {config.model} has a smaller side above it (the largest is "
-            f"{largest}), so nothing would be compressed. Give a smaller rank, or a fraction such as "
+            f"{origin or f'--rank {config.rank}'}: no matrix of --model {config.model} has a smaller side above it "
+            f"(the largest is {largest}), so nothing would be compressed. Give a smaller rank, or a fraction such as "
             "0.25."
         )
 
