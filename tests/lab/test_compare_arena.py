@@ -269,6 +269,19 @@ def test_a_budget_that_ends_leaves_a_report_that_says_so(here: Path, compare: Co
     assert "The budget of 1s ended with" in (here / "out" / "table.md").read_text()
 
 
+def test_a_run_that_the_trials_say_to_be_too_long_is_not_begun(
+    here: Path, compare: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It was the first of its kind, so that nothing but its trial tells.
+    monkeypatch.setattr(arena.Arena, "_trial_speeds", lambda *_: ({"adamw": 60.0, "lorapre-adamw@0.25": 0.01}, 1.0))
+    ended = compare(*SMALL[: SMALL.index("--search")], "--budget", "2m", "--out", "out")
+    assert ended.code == 0
+    assert "more than the" in ended.out
+    finished = {name.partition("/")[0] for name in run_folders(here / "out")}
+    assert finished == {"lorapre-adamw@0.25"}
+    assert "not run yet" in (here / "out" / "table.md").read_text()
+
+
 def test_a_budget_without_a_search_plans_from_trial_runs(here: Path, compare: Compare) -> None:
     ended = compare(*SMALL[: SMALL.index("--search")], "--budget", "30m", "--out", "out")
     assert ended.code == 0

@@ -276,6 +276,8 @@ def test_commas_within_brackets_do_not_separate_names() -> None:
         (["adamw+eps=1e-6"], ["adamw takes no options", "lorapre-adamw"]),
         (["lorapre-adamw+dampng=1"], ["dampng=1", "no option 'dampng'", "damping=0.0001"]),
         (["lorapre-adamw+damping=0"], ["damping=0.0", "must be above 0"]),
+        (["lorapre-adamw+damping=0.1"], ["damping=0.1: would change nothing", "Set regression=newton too"]),
+        (["lorapre-muon+damping_mode=absolute+regression=tangent"], ["regression=tangent inverts no matrix"]),
         (["lorapre-adamw+rank=8"], ["rank=8", "--rank sets it"]),
         (["lorapre-adamw+scale=much@8"], ["scale=much", "number"]),
         (["lorapre-adamw+scale=1+scale=2"], ["scale is set twice"]),
@@ -290,6 +292,11 @@ def test_impossible_options_of_a_contestant_are_refused(
     with pytest.raises(UserError, match=r"^--optimizers") as refused:
         parse_contestants(specs, 0.25, model)
     assert [word for word in words if word not in str(refused.value)] == []
+
+
+def test_damping_is_taken_where_something_is_inverted(model: LlamaForCausalLM) -> None:
+    specs = ["lorapre-adamw+damping=0.1+regression=newton", "lorapre-muon-paper+damping=0.1"]
+    assert [contestant.options["damping"] for contestant in parse_contestants(specs, 0.25, model)] == [0.1, 0.1]
 
 
 def test_of_several_options_the_one_that_is_refused_is_named(model: LlamaForCausalLM) -> None:

@@ -82,6 +82,7 @@ class Arena:
         fitted = self._plan.model.build(config.training.seed, device="meta")  # to the data's vocabulary
         self._parameters = sum(param.numel() for param in fitted.parameters())
         self._slots = slots(config.jobs_per_device)
+        self._trials: tuple[dict[str, float], float] = ({}, 0.0)
 
     def _open(self) -> tuple[TextCorpus, float]:
         """The folder and the data, checked against what an earlier session left."""
@@ -106,7 +107,8 @@ class Arena:
             search, notes = self._choose_search(pool)
             self._write_plan(search, notes, complete=False)
             planners = make_planners(self.config, self.contestants, search)
-            with ArenaProgress(self._console, planners, self.folder.runs, len(self._slots)) as progress:
+            store, devices = self.folder.runs, len(self._slots)
+            with ArenaProgress(self._console, planners, store, devices, self._trials) as progress:
                 left = self._make_runs(pool, planners, progress)
         except BaseException:
             pool.stop()
@@ -138,13 +140,13 @@ class Arena:
         budget = self.config.budget_seconds
         if self.config.search is not None or budget is None:
             return self.config.search or "halving", []
-        speeds, start = self._trial_speeds(pool)
+        self._trials = speeds, start = self._trial_speeds(pool)
         planners = make_planners(self.config, self.contestants, "grid")
         racing = [planner for key, planner in planners.items() if key in speeds]
         left = budget - (time.monotonic() - self._began)
         search, estimate = choose_search(racing, speeds, start, len(self._slots), left)
         minutes = f"{estimate / 60:.0f} min" if estimate >= 120 else f"{estimate:.0f} s"
-        fits = "" if estimate <= left else f", more than the {left:.0f} s that are left of the budget"
+        fits = "" if estimate <= left else f", more than the {max(0.0, left):.0f} s that are left of the budget"
         note = f"Search: {search.description} (estimated at {minutes}{fits})."
         self._console.print(note, soft_wrap=True, markup=False)
         return search.name, [note]

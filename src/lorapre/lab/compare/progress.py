@@ -27,7 +27,16 @@ def describe(job: Job) -> str:
 class ArenaProgress:
     """A live display on a terminal, a line a finished run elsewhere."""
 
-    def __init__(self, console: Console, planners: Mapping[str, Planner], store: RunStore, devices: int) -> None:
+    def __init__(
+        self,
+        console: Console,
+        planners: Mapping[str, Planner],
+        store: RunStore,
+        devices: int,
+        trials: tuple[Mapping[str, float], float] = ({}, 0.0),
+    ) -> None:
+        """``trials``: seconds a step by contestant, and what a run costs besides, where these were tried before."""
+        self._speeds, self._start_seconds = trials
         self._console = console
         self._planners = planners
         self._store = store
@@ -77,8 +86,10 @@ class ArenaProgress:
         self._console.print(line, style=None if outcome.loss is not None else "red", soft_wrap=True, markup=False)
 
     def estimate(self, job: Job) -> float | None:
-        """Seconds that ``job`` should take, by the runs of its contestant, else of all; None before the first."""
+        """Seconds that ``job`` should take, by the runs of its contestant, its trial, or all runs; None before any."""
         own = [seconds / done.steps for done, seconds in self._done.items() if done.contestant == job.contestant]
+        if not own and job.contestant in self._speeds:
+            return self._start_seconds + job.steps * self._speeds[job.contestant]
         pace = own or [seconds / done.steps for done, seconds in self._done.items()]
         return job.steps * statistics.fmean(pace) if pace else None
 

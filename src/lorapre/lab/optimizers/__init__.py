@@ -27,6 +27,9 @@ __all__ = [
     "read_options",
 ]
 
+#: Options of ours that only one ``regression`` reads; the classes take them with any, as their defaults are there.
+_OF_NEWTON = ("damping", "damping_mode")
+
 OPTIMIZERS: Mapping[str, OptimizerEntry] = {
     entry.name: entry
     for module in (ours, torch_peers, packaged, galore_family, low_rank, weights)
@@ -131,13 +134,20 @@ def check_options(
     """`read_options` of ``config``, ``entry`` having taken them on ``model``, which is on the meta device.
 
     Raises:
-        UserError: there is no such option, it is of another type, or the optimizer refuses its value.
+        UserError: there is no such option, it is of another type, the optimizer refuses its value, or nothing reads it
+            beside the others.
     """
     read = read_options(entry, config.options, origin)
     if read and (reason := _refusal(entry, model, config, read)):
         each = ({name: value} for name, value in read.items())
         blamed = next((one for one in each if _refusal(entry, model, config, one) == reason), read)
         raise UserError(f"{_where(blamed, origin)}: {reason}. {_choice(entry)}")
+    idle = {name: value for name, value in read.items() if name in _OF_NEWTON}
+    if idle and (regression := {**defaults(entry.options), **read}["regression"]) != "newton":
+        raise UserError(
+            f"{_where(idle, origin)}: would change nothing, as regression={regression} inverts no matrix. Set "
+            "regression=newton too, or leave it out."
+        )
     return read
 
 
