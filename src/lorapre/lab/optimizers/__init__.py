@@ -27,8 +27,13 @@ __all__ = [
     "read_options",
 ]
 
-#: Options of ours that only one ``regression`` reads; the classes take them with any, as their defaults are there.
-_OF_NEWTON = ("damping", "damping_mode")
+#: Options of ours that are read beside one value of another alone; the classes, which have defaults for all of them,
+#: take them with any.
+_READ_WITH: Mapping[str, tuple[str, str]] = {
+    "damping": ("regression", "newton"),
+    "damping_mode": ("regression", "newton"),
+    "bias_correction": ("second_moment", "hadamard"),
+}
 
 OPTIMIZERS: Mapping[str, OptimizerEntry] = {
     entry.name: entry
@@ -142,12 +147,13 @@ def check_options(
         each = ({name: value} for name, value in read.items())
         blamed = next((one for one in each if _refusal(entry, model, config, one) == reason), read)
         raise UserError(f"{_where(blamed, origin)}: {reason}. {_choice(entry)}")
-    idle = {name: value for name, value in read.items() if name in _OF_NEWTON}
-    if idle and (regression := {**defaults(entry.options), **read}["regression"]) != "newton":
-        raise UserError(
-            f"{_where(idle, origin)}: would change nothing, as regression={regression} inverts no matrix. Set "
-            "regression=newton too, or leave it out."
-        )
+    together = {**defaults(entry.options), **read}
+    for name, (other, value) in _READ_WITH.items():
+        if name in read and together[other] != value:
+            raise UserError(
+                f"{_where({name: read[name]}, origin)}: would change nothing, as nothing reads it with "
+                f"{other}={together[other]}. Set {other}={value} too, or leave it out."
+            )
     return read
 
 
