@@ -34,12 +34,14 @@ from transformers import AutoModelForCausalLM
 from lorapre.lab import timing
 from lorapre.lab.compare import arena
 from lorapre.lab.compare.collect import collect
+from lorapre.lab.compare.config import build_compare_config
 from lorapre.lab.compare.folder import ArenaFolder
 from lorapre.lab.compare.plan import SEARCHES, Job, Planner
 from lorapre.lab.compare.pool import ProcessPool, Slot, slots
 from lorapre.lab.compare.progress import ArenaProgress
 from lorapre.lab.compare.runs import Outcome as RunOutcome
 from lorapre.lab.compare.runs import RunStore, record_failure
+from lorapre.lab.errors import UserError
 from lorapre.lab.optimizers import OPTIMIZERS
 from lorapre.lab.timing import WARM_UP_STEPS, summarise
 
@@ -398,6 +400,18 @@ def test_a_store_forgets_what_was_interrupted_and_keeps_what_ended(tmp_path: Pat
     assert store.begin(jobs[2], tokens_per_step=10, shared_device=False).read_metrics() == []
     assert store.forget_failures() == 1
     assert set(store.outcomes()) == {jobs[1]}
+
+
+def test_a_damaged_file_is_named_with_the_remedy(tmp_path: Path) -> None:
+    folder = RunStore(tmp_path / "runs").begin(Job("adamw", 1e-3, 0, 5), tokens_per_step=10, shared_device=False)
+    record_failure(folder.path, "failed", "out of memory")
+    (folder.path / "job.json").write_text('{"contestant":')
+    with pytest.raises(UserError, match=r"job\.json: cannot be read .* Remove its folder"):
+        RunStore(tmp_path / "runs").outcomes()
+    (tmp_path / "comparison.yaml").write_text(build_compare_config({}, {}, preset=None, config_file=None).to_yaml())
+    (tmp_path / "plan.json").write_text("[]")
+    with pytest.raises(UserError, match=r"plan\.json: holds a list, not an object\. The command that made"):
+        collect(ArenaFolder(tmp_path))
 
 
 def test_slots_share_the_cores_of_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

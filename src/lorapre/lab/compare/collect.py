@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from lorapre.lab.compare.folder import ArenaFolder
 from lorapre.lab.compare.plan import Job, Planner
 from lorapre.lab.compare.results import Comparison
 from lorapre.lab.compare.rows import build_rows
-from lorapre.lab.compare.runs import Outcome, losses_of
+from lorapre.lab.compare.runs import Outcome, losses_of, read_json
 from lorapre.lab.config import PretrainConfig, read_yaml, validated
 from lorapre.lab.errors import UserError
 from lorapre.lab.optimizers.entry import DENSE_LR
@@ -23,14 +22,14 @@ def collect(folder: ArenaFolder) -> Comparison:
     """Everything that the runs in ``folder`` say.
 
     Raises:
-        UserError: there is no comparison, or it has not come to its end.
+        UserError: there is no comparison, none of its runs has begun, or a file of it is damaged.
     """
     if not folder.begun():
         raise UserError(f"--out {folder.path}: holds no comparison, as {folder.config} does not exist.")
     if not folder.plan.exists():
         raise UserError(f"--out {folder.path}: none of its runs has begun. Run the same command without --render.")
     config = validated(CompareConfig, [(str(folder.config), read_yaml(folder.config))])
-    plan: dict[str, Any] = json.loads(folder.plan.read_text(encoding="utf-8"))
+    plan = read_json(folder.plan, "The command that made the comparison writes it anew, and repeats no finished run.")
     # Plans from before there were options have none.
     contestants = tuple(Contestant(c["optimizer"], c["rank"], c.get("options", {})) for c in plan["contestants"])
     outcomes = folder.runs.outcomes()

@@ -16,7 +16,10 @@ from typing import Any
 
 from lorapre.lab.compare.plan import Job
 from lorapre.lab.compare.results import Point, Run, Status
+from lorapre.lab.errors import UserError
 from lorapre.lab.run_folder import RunFolder, write_json
+
+_ANEW = "Remove its folder, and the command that made the comparison makes this run again."
 
 
 @dataclass(frozen=True)
@@ -102,16 +105,31 @@ def record_failure(path: Path, status: Status, reason: str) -> None:
     write_json(path / "failure.json", {"status": status, "reason": reason})
 
 
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in ``path``, which this library wrote.
+
+    Raises:
+        UserError: it is gone or damaged; ``remedy`` says what to do.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}). {remedy}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not an object. {remedy}")
+    return content
+
+
 def _read(path: Path) -> Outcome | None:
     folder = RunFolder(path)
     failure = path / "failure.json"
     if not folder.summary.exists() and not failure.exists():
         return None
-    facts = json.loads((path / "job.json").read_text(encoding="utf-8"))
+    facts = read_json(path / "job.json", _ANEW)
     tokens_per_step, shared = facts.pop("tokens_per_step"), facts.pop("shared_device")
     metrics = tuple(folder.read_metrics())
     if folder.summary.exists():
-        summary = json.loads(folder.summary.read_text(encoding="utf-8"))
+        summary = read_json(folder.summary, _ANEW)
         return Outcome(Job(**facts), "finished", "", summary, metrics, tokens_per_step, shared)
-    end = json.loads(failure.read_text(encoding="utf-8"))
+    end = read_json(failure, _ANEW)
     return Outcome(Job(**facts), end["status"], end["reason"], {}, metrics, tokens_per_step, shared)
