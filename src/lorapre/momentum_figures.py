@@ -18,8 +18,8 @@ def row_space(m_A: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
     A singular m_A has fewer than r directions; the columns of the missing ones are zero.
     """
-    Q, R = torch.linalg.qr(_evened(m_A).mT)
-    U, singular, _ = torch.linalg.svd(R)
+    Q, R = torch.linalg.qr(m_A.mT)
+    U, singular, _ = torch.linalg.svd(_evened(R))
     kept = singular > _rounding(m_A, eps) * singular[..., :1]
     return (Q @ U) * kept[..., None, :], kept.sum(dim=-1)
 
@@ -32,8 +32,8 @@ def conditions(m_B: Tensor, m_A: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """
     R_A = torch.linalg.qr(m_A.mT, mode="r").R
     R_B = torch.linalg.qr(m_B, mode="r").R
-    without_A = _singular(m_A, eps)
-    without = without_A | _singular(m_B.mT, eps)
+    without_A = _singular(R_A, _rounding(m_A, eps))
+    without = without_A | _singular(R_B, _rounding(m_B, eps))
     return _condition(R_A).masked_fill(without_A, math.inf), _condition(R_B @ R_A.mT).masked_fill(without, math.inf)
 
 
@@ -42,14 +42,15 @@ def _condition(core: Tensor) -> Tensor:
     return S[..., 0] / S[..., -1]
 
 
-def _singular(rows: Tensor, eps: float) -> Tensor:
-    S: Tensor = torch.linalg.svdvals(torch.linalg.qr(_evened(rows).mT, mode="r").R)
-    return S[..., -1] <= _rounding(rows, eps) * S[..., 0]
+def _singular(R: Tensor, rounding: float) -> Tensor:
+    S: Tensor = torch.linalg.svdvals(_evened(R))
+    return S[..., -1] <= rounding * S[..., 0]
 
 
-def _evened(rows: Tensor) -> Tensor:
-    lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    return rows / lengths.where(lengths > 0, 1.0)
+def _evened(R: Tensor) -> Tensor:
+    """Its columns at length 1, which are as long as those of what it is the triangle of; zeros stay."""
+    lengths: Tensor = torch.linalg.vector_norm(R, dim=-2, keepdim=True)
+    return R / lengths.where(lengths > 0, 1.0)
 
 
 def _rounding(factor: Tensor, eps: float) -> float:

@@ -83,13 +83,13 @@ def _parted(job: Job) -> tuple[list[Bucket], list[Bucket]]:
         backend = job.backend
         if backend == "auto":
             rank, most = bucket.view.rank, _most_measured(job.hyper, bucket.params[0].device.type)
-            if rank > most > 0:
-                _say_once(
-                    f"Matrices at rank {rank} are stepped in plain torch: up to rank {most} the kernels were measured "
-                    "to be ahead of it here. backend='triton' takes them nevertheless."
-                )
             if rank > most:
                 backend = "eager"
+                if most:
+                    _say_once(
+                        f"Matrices at rank {rank} are stepped in plain torch: up to rank {most} the kernels were "
+                        "measured to be ahead of it here. backend='triton' takes them nevertheless."
+                    )
         if backend == "eager":
             in_torch.append(bucket)
             continue

@@ -13,7 +13,7 @@ import typer
 from lorapre.lab import cli_options as opt
 from lorapre.lab.cli_errors import explained
 from lorapre.lab.compare.command import compare
-from lorapre.lab.config import PretrainConfig, build_config, option_name, parse_options, validated
+from lorapre.lab.config import PretrainConfig, build_config, check_as_recorded, parse_options, validated
 from lorapre.lab.errors import UserError
 from lorapre.lab.evaluate.command import evaluate
 from lorapre.lab.finetune.command import finetune
@@ -137,23 +137,13 @@ def _resumed(out: Path | None, options: dict[str, Any], preset: str | None, conf
         raise UserError("--resume: takes all options from the run's config.yaml. Leave --preset and --config out.")
     settings = load_resumable(out)
     given = read_options(find_optimizer(settings.optimizer), options.get("options", {}))
-    recorded = settings.model_dump(exclude_none=True)
-    lengths = {name: recorded.pop(name) for name in _LENGTHS if name in recorded}
-    if not options.keys() & set(_LENGTHS):
-        recorded |= lengths
-    wanted = validated(
-        PretrainConfig,
-        [("the command line", recorded | options | {"options": {**settings.options, **given}})],
-    )
-    for name in options:
-        before, now = getattr(settings, name), getattr(wanted, name)
-        if before != now:
-            # The length of a run may have been given by the other of two options.
-            began = [f"{option_name(length)} {value}" for length, value in lengths.items() if name in _LENGTHS]
-            raise UserError(
-                f"{option_name(name)} {now}: the run in {out} began with {''.join(began) or before}, and a resumed "
-                "run keeps its options. Leave it out, or start a new run with another --out."
-            )
+
+    def build(together: dict[str, Any]) -> PretrainConfig:
+        # Not `build_config`, which refuses what was given and is not read: here most is recorded.
+        together["options"] = {**settings.options, **given}
+        return validated(PretrainConfig, [("the command line", together)])
+
+    check_as_recorded(settings, options, out, _LENGTHS, build)
     return settings
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -203,16 +203,21 @@ def build_config(
     if config_file is not None:
         layers.append((str(config_file), read_yaml(config_file)))
     layers.append(("the command line", options))
-    config = validated(PretrainConfig, _options_of_last_optimizer(layers))
+    config = validated(PretrainConfig, options_of_last(layers, "optimizer"))
     _check_read(options, config)
     return config
 
 
-def _options_of_last_optimizer(layers: Sequence[Layer]) -> list[Layer]:
+def options_of_last(layers: Sequence[Layer], field: str, names: Mapping[str, str] | None = None) -> list[Layer]:
+    """``layers`` without the ``options`` of those before the last that changes ``field``, whose options they are.
+
+    ``names`` are other names of its values.
+    """
     kept: list[Layer] = []
     before: Any = None
     for source, layer in layers:
-        now = layer.get("optimizer")
+        given = layer.get(field)
+        now = (names or {}).get(str(given), given)
         if before is not None and now is not None and now != before:
             kept = [
                 (origin, {name: earlier[name] for name in earlier if name != "options"}) for origin, earlier in kept
@@ -303,6 +308,44 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def option_name(field: str) -> str:
     """How the command line calls a field of `PretrainConfig`."""
     return "--set" if field == "options" else "--" + field.replace("_", "-")
+
+
+def check_as_recorded(
+    recorded: _Config,
+    given: Mapping[str, Any],
+    out: Path,
+    lengths: tuple[str, str],
+    build: Callable[[dict[str, Any]], _Config],
+    free: Collection[str] = (),
+) -> _Config:
+    """What ``build`` makes of a run's ``recorded`` options with those that are ``given`` to resume it.
+
+    Args:
+        recorded: of the run in ``out``.
+        given: on the command line.
+        out: the run's folder.
+        lengths: two ways to give the length of a run, of which a configuration takes one.
+        build: makes a configuration of options by their names.
+        free: options that may change.
+
+    Raises:
+        UserError: another one is given than the run began with.
+    """
+    before = recorded.model_dump(exclude_none=True)
+    began_with = {name: before.pop(name) for name in lengths if name in before}
+    if not given.keys() & set(lengths):
+        before |= began_with
+    wanted = build({**before, **given})
+    for name in given:
+        old, new = getattr(recorded, name), getattr(wanted, name)
+        if old != new and name not in free:
+            # The length of a run may have been given by the other of two options.
+            began = [f"{option_name(length)} {value}" for length, value in began_with.items() if name in lengths]
+            raise UserError(
+                f"{option_name(name)} {new}: the run in {out} began with {''.join(began) or old}, and a resumed run "
+                "keeps its options. Leave it out, or start a new run with another --out."
+            )
+    return wanted
 
 
 def parse_rank(text: str, option: str) -> int | float:

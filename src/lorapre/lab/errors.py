@@ -11,3 +11,8 @@ class UserError(Exception):
 
 class TrainingDivergedError(Exception):
     """The loss of a run is no longer finite; the message says which, and at which step."""
+
+
+def in_one_line(error: Exception) -> str:
+    """An error of another library for a message of ours: its type and at most 200 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

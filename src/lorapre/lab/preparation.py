@@ -18,7 +18,7 @@ from lorapre.lab.config import PretrainConfig
 from lorapre.lab.data import BlockDataset, TextCorpus, check_data_spec, load_corpus
 from lorapre.lab.data.encode import id_count
 from lorapre.lab.diagnose import diagnosed_every
-from lorapre.lab.errors import UserError
+from lorapre.lab.errors import UserError, in_one_line
 from lorapre.lab.models import ModelSpec, resolve_model
 from lorapre.lab.optimizers import check_options, check_rank_compresses, find_optimizer
 from lorapre.lab.provenance import provenance
@@ -80,10 +80,9 @@ def _check_compiler() -> None:
     try:
         torch.compile(torch.add)(torch.ones(2, device=device or "cpu"), 1)
     except Exception as error:  # of dynamo, inductor, triton or the compiler itself
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
-            f"--compile: torch.compile does not work on this machine ({reason}). Install what is missing, such as a "
-            "C++ compiler, or leave it out."
+            f"--compile: torch.compile does not work on this machine ({in_one_line(error)}). Install what is missing, "
+            "such as a C++ compiler, or leave it out."
         ) from error
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorapre.lab.errors import UserError
+from lorapre.lab.errors import UserError, in_one_line
 from lorapre.optim.summary import format_bytes
 
 #: Written into a checkpoint once everything else is in it; one without was interrupted.
@@ -54,10 +54,9 @@ def _remove(path: Path) -> None:
 
 def damaged_checkpoint(checkpoint: Path, error: Exception) -> UserError:
     """What to say where a file of ``checkpoint`` cannot be read for ``error``."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
     return UserError(
-        f"--resume: the checkpoint {checkpoint} cannot be read ({reason}). Remove this folder to go on from the "
-        "checkpoint before it, or from the beginning where there is none."
+        f"--resume: the checkpoint {checkpoint} cannot be read ({in_one_line(error)}). Remove this folder to go on "
+        "from the checkpoint before it, or from the beginning where there is none."
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorapre.routing import check_rank
 
+#: Options that are True or False, of all classes.
 _FLAGS = ("compress", "bounded", "update_clipping", "nesterov", "stochastic_rounding", "maximize", "capturable")
 
 

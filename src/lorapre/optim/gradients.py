@@ -87,21 +87,16 @@ def check_gradients(
         items, grads = list(compress(items, sizes)), list(compress(grads, sizes))
     if not items:
         return True
-    if unread or opened.by_kernels:
-        verdict = _verdict(owner, items, grads, opened, squared)
-        if unread or len(device_types(grads)) == 1:
-            return verdict
-        if verdict.enabled:
-            return True
-        report(owner, verdict.bad(verdict.sizes), "Nothing was changed")
-        return False
-    if (largest(grads) <= _SMALL).all():
+    by_device = unread or opened.by_kernels
+    if not by_device and (largest(grads) <= _SMALL).all():
         return True
-    sizes_of, places = _sizes(items, grads, range(len(items)), squared)
-    bad = Verdict(owner, items, torch.cat(sizes_of), places, torch.zeros(())).bad(torch.cat(sizes_of))
-    if bad:
-        report(owner, bad, "Nothing was changed")
-    return not bad
+    verdict = _verdict(owner, items, grads, opened, squared)
+    if unread or (by_device and len(device_types(grads)) == 1):
+        return verdict
+    if verdict.enabled:
+        return True
+    report(owner, verdict.bad(verdict.sizes), "Nothing was changed")
+    return False
 
 
 def device_types(grads: Iterable[Tensor]) -> set[str]:
@@ -164,7 +159,7 @@ def _sizes(
 ) -> tuple[list[Tensor], list[int]]:
     """The largest magnitudes of the gradients at ``places``, inf where its square times the numbers overflows float32.
 
-    In one or two parts on the device of one of them, whose items come in the order that is returned.
+    In one or two parts, each on the device of one of its gradients; the items come in the order that is returned.
     """
     summed: list[int] = []
     others: list[int] = []
@@ -176,8 +171,6 @@ def _sizes(
         most = max(grads[place].numel() for place in summed)
         limit = math.sqrt(torch.finfo(torch.float32).max / most)
         parts[0] = parts[0].masked_fill(parts[0] > limit, float("inf"))
-    if len({(part.device, part.dtype) for part in parts}) > 1:
-        parts = [part.to(parts[0].device, torch.float64) for part in parts]
     return parts, summed + others
 
 

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from lorapre.lab.errors import UserError
+from lorapre.lab.text import half_pair
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -253,14 +254,11 @@ def check_text(value: object, where: str) -> str:
             f"{where} holds {'null' if value is None else type(value).__name__}, not a string; remove that record, "
             "or name another field with text_field."
         )
-    if not value.isascii():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"{where} holds half a surrogate pair ({value[error.start]!a} at character {error.start:,}), which "
-                "no UTF-8 text can hold; correct or remove that record."
-            ) from error
+    if (place := half_pair(value)) is not None:
+        raise UserError(
+            f"{where} holds half a surrogate pair ({value[place]!a} at character {place:,}), which no UTF-8 text can "
+            "hold; correct or remove that record."
+        )
     return value
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from lorapre.lab import cli_options as opt
 from lorapre.lab.cli_errors import explained
-from lorapre.lab.config import option_name, parse_options, parse_rank
+from lorapre.lab.config import check_as_recorded, parse_options, parse_rank
 from lorapre.lab.errors import UserError
 
 MODEL, METHOD, TRAINING, RUN = "Model and data", "Method", "Training", "Run"
@@ -205,7 +205,7 @@ def _merged(out: Path, others: dict[str, Any]) -> Path:
 
 def _resumed(out: Path | None, options: dict[str, Any], preset: str | None, config: Path | None) -> Any:
     """The configuration of the run in ``out``, with which nothing in ``options`` disagrees."""
-    from lorapre.lab.finetune.config import build_finetune_config
+    from lorapre.lab.finetune.config import FinetuneConfig, build_finetune_config
     from lorapre.lab.finetune.job import load_resumable
     from lorapre.lab.finetune.methods import find_method
     from lorapre.lab.optimizers import read_options
@@ -216,18 +216,9 @@ def _resumed(out: Path | None, options: dict[str, Any], preset: str | None, conf
         raise UserError("--resume: takes all options from the run's config.yaml. Leave --preset and --config out.")
     settings = load_resumable(out)
     given = read_options(find_method(settings).entry, options.get("options", {}))
-    before = settings.model_dump(exclude_none=True)
-    lengths = {name: before.pop(name) for name in _LENGTHS if name in before}
-    if not options.keys() & set(_LENGTHS):
-        before |= lengths
-    wanted = build_finetune_config(before | options | {"options": {**settings.options, **given}})
-    for name in options:
-        old, new = getattr(settings, name), getattr(wanted, name)
-        if old != new and name != "merge":
-            # The length of a run may have been given by the other of two options.
-            began = [f"{option_name(length)} {value}" for length, value in lengths.items() if name in _LENGTHS]
-            raise UserError(
-                f"{option_name(name)} {new}: the run in {out} began with {''.join(began) or old}, and a resumed run "
-                "keeps its options. Leave it out, or start a new run with another --out."
-            )
+
+    def build(together: dict[str, Any]) -> FinetuneConfig:
+        return build_finetune_config({**together, "options": {**settings.options, **given}})
+
+    wanted = check_as_recorded(settings, options, out, _LENGTHS, build, free=("merge",))
     return settings.model_copy(update={"merge": wanted.merge})

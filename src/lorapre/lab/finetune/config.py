@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lorapre.lab.config import Layer, PretrainConfig, Schedule, read_yaml, validated
+from lorapre.lab.config import Layer, PretrainConfig, Schedule, options_of_last, read_yaml, validated
 from lorapre.lab.errors import UserError
 from lorapre.lab.finetune.presets import PRESETS
 from lorapre.routing import check_rank
@@ -140,22 +140,8 @@ def build_finetune_config(
     if config_file is not None:
         layers.append((str(config_file), read_yaml(config_file)))
     layers.append(("the command line", options))
-    config = validated(FinetuneConfig, _options_of_last_method(layers), ("steps", "epochs"))
+    config = validated(FinetuneConfig, options_of_last(layers, "method", _NAMES), ("steps", "epochs"))
     return config.model_copy(update={"options": {**OWN.get(config.method, {}), **config.options}})
-
-
-def _options_of_last_method(layers: list[Layer]) -> list[Layer]:
-    kept: list[Layer] = []
-    before: Any = None
-    for source, layer in layers:
-        method = _NAMES.get(str(layer.get("method")), layer.get("method"))
-        if before is not None and method is not None and method != before:
-            kept = [
-                (origin, {name: earlier[name] for name in earlier if name != "options"}) for origin, earlier in kept
-            ]
-        before = before if method is None else method
-        kept.append((source, layer))
-    return kept
 
 
 def recipe(config: FinetuneConfig, optimizer: str, steps: int, **changes: Any) -> PretrainConfig:
